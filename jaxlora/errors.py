@@ -1,0 +1,69 @@
+"""The errors that reach a caller.
+
+Each carries a `code`: the name of the Triton error code that the front door answers with. Messages name what is wrong and the
+bound that it broke, and carry no path of the server.
+"""
+
+
+class ServingError(Exception):
+    """Base of everything a request or a publish can be refused with."""
+
+    code = "INTERNAL"
+
+
+class InvalidRequest(ServingError):
+    """A field of a request is malformed or over a limit. `fields` maps the name of each bad field to what is wrong with it."""
+
+    code = "INVALID_ARG"
+
+    def __init__(self, problems: dict[str, str]):
+        self.problems = dict(problems)
+        super().__init__("; ".join(f"{field}: {problem}" for field, problem in self.problems.items()))
+
+
+class AdapterNotFound(ServingError):
+    """The adapter or the version asked for is not in the catalogue, or is not being served."""
+
+    code = "NOT_FOUND"
+
+
+class AdapterInvalid(ServingError):
+    """An adapter folder that can't be served. `problems` holds every reason, not only the first."""
+
+    code = "INVALID_ARG"
+
+    def __init__(self, problems: list[str]):
+        self.problems = list(problems)
+        super().__init__("; ".join(self.problems))
+
+
+class Unavailable(ServingError):
+    """Refused for now: a queue is full or the server is shutting down. `retry_after_s` is a hint in seconds."""
+
+    code = "UNAVAILABLE"
+
+    def __init__(self, message: str, retry_after_s: float | None = None):
+        self.retry_after_s = retry_after_s
+        super().__init__(message if retry_after_s is None else f"{message}; try again in {retry_after_s:g} s")
+
+
+class RequestTimeout(ServingError):
+    """A request passed its time-out, in the queue or during generation."""
+
+    code = "UNAVAILABLE"
+
+
+class Cancelled(ServingError):
+    """The caller went away or asked to stop."""
+
+    code = "CANCELLED"
+
+
+class EngineError(ServingError):
+    """Generation failed inside the engine; the message names the cause."""
+
+    code = "INTERNAL"
+
+
+class SetupError(Exception):
+    """A wrong setting, checkpoint or machine, found before anything is loaded. `str()` is one clear line a problem."""

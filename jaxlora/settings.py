@@ -1,0 +1,153 @@
+"""Every setting of the project, in one table: name, default, bounds and meaning.
+
+A value comes from the environment (`MAX_SLOTS`), else from a `parameters` entry of a Triton `config.pbtxt` (`max_slots`), else from
+the default here. `python -m jaxlora.settings` prints the table as Markdown.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxlora.errors import SetupError
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+def _default_cache_dir() -> str:
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "jaxlora")
+
+
+def _port(text: str) -> int:
+    return _whole(1, 65535)(text)
+
+
+def _whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text.replace("_", ""))
+        except ValueError:
+            raise ValueError(f"{text!r} is not a whole number") from None
+        if not low <= value <= high:
+            raise ValueError(f"{value} is not {_bounds(low, high)}")
+        return value
+
+    return parse
+
+
+def _number(low: float, high: float = math.inf) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not a number") from None
+        if not low <= value <= high:
+            raise ValueError(f"{value:g} is not {_bounds(low, high)}")
+        return value
+
+    return parse
+
+
+def _bounds(low: float, high: float) -> str:
+    return f"{low} or more" if high == math.inf else f"between {low} and {high}"
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"{text!r} is none of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise ValueError("is empty")
+    return text
+
+
+def _path(text: str) -> pathlib.Path:
+    return pathlib.Path(_text(text)).expanduser()
+
+
+def _setting(default: Any, parse: Callable[[str], Any], help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"parse": parse, "help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of one process. Field names in upper case are the names of the environment variables."""
+
+    model: str = _setting("smollm2-135m-instruct", _text, "base model: `smollm2-135m-instruct`, a Hugging Face folder, or a hub id")
+    cache_dir: pathlib.Path = dataclasses.field(
+        default_factory=lambda: pathlib.Path(_default_cache_dir()),
+        metadata={"parse": _path, "help": "converted checkpoints, compiled programs and the catalogue are kept here"},
+    )
+    host: str = _setting("127.0.0.1", _text, "address that the server listens on")
+    http_port: int = _setting(8000, _port, "Triton HTTP port")
+    grpc_port: int = _setting(8001, _port, "Triton gRPC port")
+    metrics_port: int = _setting(8002, _port, "Prometheus port")
+    dtype: str = _setting("float32", _one_of("float32", "bfloat16"), "type of the weights and of the KV cache")
+    max_slots: int = _setting(16, _whole(1, 1024), "sequences that are generated at the same time")
+    max_seq_len: int = _setting(2048, _whole(16, 1 << 20), "prompt and answer together, in tokens")
+    prefill_chunk: int = _setting(128, _whole(8, 8192), "prompt tokens that one prefill step takes")
+    max_lora_rank: int = _setting(64, _whole(1, 1024), "largest adapter rank")
+    lora_slots: int = _setting(32, _whole(1, 4096), "adapters on the device at the same time")
+    lora_output_layer: int = _setting(0, _whole(0, 1), "1: adapters may target `lm_head` too (costs device memory)")
+    adapter_host_cache_bytes: int = _setting(2 * GIB, _whole(0), "host memory for adapters that are not on the device, in bytes")
+    max_adapter_file_bytes: int = _setting(GIB, _whole(1), "largest `adapter_model.safetensors`, in bytes")
+    max_queue: int = _setting(256, _whole(1), "requests that may wait for a slot")
+    queue_timeout_s: float = _setting(120.0, _number(0.001), "longest wait for a slot, in seconds")
+    max_prompt_bytes: int = _setting(MIB, _whole(1), "longest prompt text or `messages`, in bytes")
+    max_output_tokens: int = _setting(2048, _whole(1), "largest `max_tokens`")
+    default_max_tokens: int = _setting(256, _whole(1), "`max_tokens` of a request that names none")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [field.name for field in dataclasses.fields(cls)]
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] = os.environ, parameters: Mapping[str, str] | None = None) -> "Settings":
+        """Settings from the environment, then a model's `config.pbtxt` parameters, then the defaults.
+
+        Arguments:
+            environ: variables by name in upper case; an empty value counts as absent.
+            parameters: values by name in lower case, as Triton hands them to a model (`{"string_value": ...}` already unwrapped).
+
+        Raises:
+            SetupError: names every wrong value at once.
+        """
+        parameters = parameters or {}
+        values, problems = {}, []
+        for field in dataclasses.fields(cls):
+            text = environ.get(field.name.upper()) or parameters.get(field.name) or ""
+            if not text:
+                continue
+            try:
+                values[field.name] = field.metadata["parse"](text)
+            except ValueError as error:
+                problems.append(f"{field.name.upper()}: {error}")
+        if problems:
+            raise SetupError("\n".join(problems))
+        return cls(**values)
+
+    def environment(self) -> dict[str, str]:
+        """The variables from which `read` gives these settings again."""
+        return {name.upper(): str(getattr(self, name)) for name in self.names()}
+
+
+def markdown_table() -> str:
+    """The table of settings for the README."""
+    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(Settings):
+        default = "~/.cache/jaxlora" if field.name == "cache_dir" else f"{field.default}"
+        rows.append(f"| `{field.name.upper()}` | `{default}` | {field.metadata['help']} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(markdown_table())
