@@ -1,8 +1,8 @@
 """Builds a folder once, however many processes ask for it and wherever they are interrupted.
 
-A folder under its final name is whole: it is built beside it under a temporary name, flushed to disk, then renamed. A lock file makes
-others wait instead of building the same again; the operating system releases the lock of a process that dies, so whoever holds it
-may remove every temporary folder that was left behind.
+A folder under its final name is whole: it is built beside it under a temporary name, flushed to disk, then renamed. One lock for all
+folders of a parent makes others wait instead of building the same again; the operating system releases the lock of a process that
+dies, so whoever holds it may remove every temporary folder that was left behind.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ import shutil
 from collections.abc import Callable, Iterator
 
 from jaxlora.errors import SetupError
+
+_TEMPORARY = ".incoming-"
 
 
 def build(
@@ -37,7 +39,7 @@ def build(
         return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(f".{target.name}.lock"), target.name, progress):
+        with _locked(target.parent / ".lock", target.parent.name, progress):
             if not is_whole(target):
                 _build_alone(target, make)
     except OSError as error:
@@ -54,28 +56,30 @@ def _locked(path: pathlib.Path, what: str, progress: Callable[[str], None]) -> I
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            progress(f"waiting for another process that makes {what}")
+            progress(f"waiting for another process that writes to {what}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _build_alone(target: pathlib.Path, make: Callable[[pathlib.Path], None]) -> None:
-    prefix = f".{target.name}.incoming-"
-    for stale in target.parent.glob(f"{prefix}*"):
-        shutil.rmtree(stale)
-    incoming = target.with_name(f"{prefix}{os.getpid()}")
+    _remove_temporary(target.parent)
+    incoming = target.with_name(f"{_TEMPORARY}{target.name}")
     incoming.mkdir()
     try:
         make(incoming)
         for path in (*incoming.iterdir(), incoming):
             _flush(path)
         if target.exists():
-            target.rename(target.with_name(f"{prefix}{os.getpid()}.replaced"))
+            target.rename(target.with_name(f"{_TEMPORARY}{target.name}.replaced"))
         incoming.rename(target)
         _flush(target.parent)
     finally:
-        for left in target.parent.glob(f"{prefix}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        _remove_temporary(target.parent)
+
+
+def _remove_temporary(parent: pathlib.Path) -> None:
+    for folder in parent.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush(path: pathlib.Path) -> None:
