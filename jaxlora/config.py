@@ -123,6 +123,7 @@ class ModelConfig:
             named = ", ".join(config.get("architectures") or []) or config.get("model_type") or "none"
             raise SetupError(f"architecture {named} is not supported; supported are: {', '.join(SUPPORTED)}")
         problems: list[str] = []
+        config = {**_CLASS_DEFAULTS[architecture], **config}
         missing = [key for key in _REQUIRED if key not in config]
         if missing:
             raise SetupError(f"config.json lacks {', '.join(missing)}")
@@ -159,11 +160,18 @@ class ModelConfig:
             mlp_bias=architecture == "llama" and bool(config.get("mlp_bias", False)),
             qk_norm=architecture == "qwen3",
             windows=_windows(architecture, config),
-            max_positions=int(config.get("max_position_embeddings", 2048)),
+            max_positions=int(config["max_position_embeddings"]),
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         )
 
 
+# What the configuration classes of Transformers fill in for keys that a `config.json` leaves out.
+_CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -193,7 +201,7 @@ def _rope(config: dict[str, Any], problems: list[str]) -> Rope:
         float(scaling.get("factor", 1.0)),
         float(scaling.get("low_freq_factor", 1.0)),
         float(scaling.get("high_freq_factor", 4.0)),
-        int(scaling.get("original_max_position_embeddings", config.get("max_position_embeddings", 8192))),
+        int(scaling.get("original_max_position_embeddings", config["max_position_embeddings"])),
     )
     if not (math.isfinite(rope.factor) and rope.factor > 0):
         problems.append(f"rope factor {rope.factor} is not a positive number")

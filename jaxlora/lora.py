@@ -1,0 +1,145 @@
+"""The mathematics of LoRA (Hu et al. 2021, `y = Wx + s B A x`) and the bank of adapters on the device.
+
+Knows arrays and module paths; knows no file format and no adapter names.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from jaxlora.config import OUTPUT_LAYER, LinearAt, ModelConfig
+from jaxlora.model import Adapt
+
+
+class Pair(Protocol):
+    """One module of an adapter: `a` is `[r, in]`, `b` is `[out, r]`, `scale` is alpha / r or alpha / sqrt(r)."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+@struct.dataclass
+class Adapter:
+    """One adapter for all rows, as training has it: arrays by module path, `a [r, in]` and `b [out, r]`, scales static."""
+
+    a: dict[str, Array]
+    b: dict[str, Array]
+    scales: tuple[tuple[str, float], ...] = struct.field(pytree_node=False)
+
+    @classmethod
+    def from_pairs(cls, modules: Mapping[str, Pair], dtype: str = "float32") -> "Adapter":
+        """From the modules of an adapter that was read from disk."""
+        return cls(
+            a={path: jnp.asarray(pair.a, dtype) for path, pair in modules.items()},
+            b={path: jnp.asarray(pair.b, dtype) for path, pair in modules.items()},
+            scales=tuple((path, float(pair.scale)) for path, pair in sorted(modules.items())),
+        )
+
+    def __call__(self, path: str, x: Array, y: Array) -> Array:
+        """`y + s B A x` where the adapter has that module, else `y`."""
+        if path not in self.a:
+            return y
+        down = jnp.einsum("...k,rk->...r", x, self.a[path], precision="highest")
+        up = jnp.einsum("...r,nr->...n", down, self.b[path], precision="highest")
+        return y + (dict(self.scales)[path] * up).astype(y.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Where one module lies in a bank slot: A as `[max_rank, in]` at `a_offset`, scale-folded B as `[max_rank, out]` at `b_offset`."""
+
+    a_offset: int
+    b_offset: int
+    in_features: int
+    out_features: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BankLayout:
+    """One adapter as one flat vector, the same for every adapter: loading one is a single copy, and its memory is one number."""
+
+    max_rank: int
+    spans: tuple[tuple[str, Span], ...]
+    size: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, max_rank: int, output_layer: bool = False) -> "BankLayout":
+        """The layout for every linear layer of a model; the output layer takes part only where asked, as it is large."""
+        spans, offset = [], 0
+        for path, at in config.linear_paths().items():
+            if path == OUTPUT_LAYER and not output_layer:
+                continue
+            spans.append((path, _span(at, offset, max_rank)))
+            offset += max_rank * (at.in_features + at.out_features)
+        return cls(max_rank, tuple(spans), offset)
+
+    @functools.cached_property
+    def by_path(self) -> dict[str, Span]:
+        return dict(self.spans)
+
+    def pack(self, modules: Mapping[str, Pair], out: np.ndarray) -> None:
+        """Writes an adapter into `out`, `[size]`; what it doesn't have is zero. Ranks over `max_rank` are a ValueError."""
+        out[:] = 0
+        for path, pair in modules.items():
+            span, rank = self.by_path[path], pair.a.shape[0]
+            if rank > self.max_rank:
+                raise ValueError(f"{path} has rank {rank}, the bank holds {self.max_rank}")
+            a = out[span.a_offset :][: rank * span.in_features].reshape(rank, span.in_features)
+            b = out[span.b_offset :][: rank * span.out_features].reshape(rank, span.out_features)
+            a[:] = pair.a.astype(np.float32, copy=False)
+            b[:] = (pair.b.astype(np.float32, copy=False) * np.float32(pair.scale)).T
+
+
+def _span(at: LinearAt, offset: int, max_rank: int) -> Span:
+    return Span(offset, offset + max_rank * at.in_features, at.in_features, at.out_features)
+
+
+@struct.dataclass
+class Bank:
+    """The adapters on the device: `data` is `[slots, layout.size]`, `ranks` int32 `[slots]` is 0 for an empty slot."""
+
+    data: Array
+    ranks: Array
+
+    @classmethod
+    def empty(cls, layout: BankLayout, slots: int, dtype: str = "float32") -> "Bank":
+        return cls(jnp.zeros((slots, layout.size), dtype), jnp.zeros(slots, jnp.int32))
+
+
+@functools.partial(jax.jit, donate_argnames="bank")
+def put(bank: Bank, slot: Array, vector: Array, rank: Array) -> Bank:
+    """The bank with one slot replaced, in place. `vector` is `[layout.size]`."""
+    data = jax.lax.dynamic_update_slice(bank.data, vector[None].astype(bank.data.dtype), (slot, 0))
+    return Bank(data, bank.ranks.at[slot].set(rank))
+
+
+def adapt_rows(layout: BankLayout, bank: Bank, slots: Array) -> Adapt:
+    """Applies to row b of a batch the adapter in bank slot `slots[b]` (int32 `[B]`; -1: the base model).
+
+    Every row computes with its own adapter only, at the bank's full rank, so a row's result depends neither on the others nor on where
+    its adapter lies. The gather reads whole adapters at every step: right for accelerators, slow on CPUs, where `jaxlora.native` has a
+    kernel that reads true ranks once.
+    """
+
+    def adapt(path: str, x: Array, y: Array) -> Array:
+        span = layout.by_path.get(path)
+        if span is None:
+            return y
+        rows = jnp.maximum(slots, 0)
+        end = span.b_offset + layout.max_rank * span.out_features
+        a = bank.data[rows, span.a_offset : span.b_offset].reshape(-1, layout.max_rank, span.in_features)
+        b = bank.data[rows, span.b_offset : end].reshape(-1, layout.max_rank, span.out_features)
+        x = x.reshape(slots.shape[0], -1, x.shape[-1])
+        down = jnp.einsum("btk,brk->btr", x, a.astype(x.dtype), precision="highest")
+        up = jnp.einsum("btr,brn->btn", down, b.astype(x.dtype), precision="highest")
+        return jnp.where((slots >= 0).reshape(-1, *[1] * (y.ndim - 1)), y + up.reshape(y.shape), y)
+
+    return adapt
