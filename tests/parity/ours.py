@@ -1,0 +1,68 @@
+"""The same outputs from `jaxlora`, as a `Record`. Knows neither torch nor PEFT."""
+
+import functools
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from jaxlora import lora, model, peft, weights
+from jaxlora.config import ModelConfig
+
+from . import checkpoints
+from .recording import condense
+
+MAX_RANK = 16
+LIMITS = peft.Limits(max_rank=MAX_RANK, max_file_bytes=1 << 20, output_layer=True)
+_logits = jax.jit(model.logits, static_argnames="config")
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layout"))
+def _banked_logits(
+    config: ModelConfig, layout: lora.BankLayout, base: weights.Weights, bank: lora.Bank, tokens: np.ndarray, tiles: lora.Tiles
+) -> jax.Array:
+    return model.logits(config, base, tokens, lora.adapt_rows(layout, bank, tiles))
+
+
+class Ours:
+    """One architecture with all its adapters, written below `folder` and read back by the library."""
+
+    def __init__(self, architecture: str, folder: pathlib.Path):
+        self.architecture = architecture
+        self.base_folder = checkpoints.write_checkpoint(folder / checkpoints.BASE, architecture)
+        self.adapter_folders = {name: checkpoints.write_adapter(folder / name, architecture, name) for name in checkpoints.ADAPTERS}
+        self.config = ModelConfig.from_folder(self.base_folder)
+        self.weights = weights.load(self.base_folder, self.config, "float32")
+        self.adapters = {name: peft.read(path, self.config, LIMITS) for name, path in self.adapter_folders.items()}
+
+    def base(self, dtype: str = "float32", config: ModelConfig | None = None) -> np.ndarray:
+        """`[R, condensed]` without an adapter."""
+        loaded = self.weights if dtype == "float32" else weights.load(self.base_folder, self.config, dtype)
+        return condense(_logits(config or self.config, loaded, checkpoints.batch()))
+
+    def training_form(self, modules: Mapping[str, lora.Pair]) -> np.ndarray:
+        """`[R, condensed]` with one adapter for all rows, as training applies it."""
+        return condense(_logits(self.config, self.weights, checkpoints.batch(), lora.Adapter.from_pairs(modules)))
+
+    def served_form(self, variants: list[str]) -> np.ndarray:
+        """`[R, condensed]` where row k has `variants[k]`, from a bank on the device, as serving applies it."""
+        layout, bank, ranks = self._bank
+        slots = np.array([-1 if variant == checkpoints.BASE else self._slot(variant) for variant in variants])
+        tiles = lora.Tiles.of(layout, slots, ranks)
+        return condense(_banked_logits(self.config, layout, self.weights, bank, checkpoints.batch(), tiles))
+
+    def _slot(self, adapter: str) -> int:
+        # Not in the order of the table, and not from 0: a slot is where an adapter lies, not what it is.
+        return len(self.adapters) - list(self.adapters).index(adapter)
+
+    @functools.cached_property
+    def _bank(self) -> tuple[lora.BankLayout, lora.Bank, np.ndarray]:
+        layout = lora.BankLayout.of(self.config, MAX_RANK, output_layer=True)
+        bank, ranks = lora.Bank.empty(layout, len(self.adapters) + 1), np.zeros(len(self.adapters) + 1, np.int32)
+        for name, adapter in self.adapters.items():
+            vector, slot = np.empty(layout.size, np.float32), self._slot(name)
+            layout.pack(adapter.modules, vector)
+            ranks[slot] = adapter.rank
+            bank = lora.put(bank, slot, vector, ranks[slot])
+        return layout, bank, ranks
