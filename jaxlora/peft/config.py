@@ -1,0 +1,309 @@
+"""`adapter_config.json`: what of it is applied, what changes nothing, and what is refused by name.
+
+Semantics: `LoraConfig` of peft 0.21. Knows module names, no tensors.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jaxlora.config import OUTPUT_LAYER
+from jaxlora.errors import AdapterInvalid
+from jaxlora.peft import patterns
+from jaxlora.peft.tensors import shorten
+
+ALL_LINEAR = "all-linear"
+MAX_PATTERN_KEYS = 4096
+
+# Every field of LoraConfig with the value that leaves it out; this is also what `new_config` starts from.
+DEFAULTS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_bias": False,
+    "lora_dropout": 0.0,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "peft_version": None,
+    "qalora_group_size": 16,
+    "r": 8,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": None,
+    "target_parameters": None,
+    "task_type": "CAUSAL_LM",
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+# Read by `AdapterConfig.from_dict`, or without any effect on a finished adapter.
+_APPLIED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules"}
+_APPLIED |= {"layers_to_transform", "layers_pattern", "init_lora_weights", "peft_type"}
+_WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "qalora_group_size"}
+_WITHOUT_EFFECT |= {"megatron_core", "revision", "runtime_config", "task_type", "ensure_weight_tying", "eva_config"}
+_WITHOUT_EFFECT |= {"loftq_config", "corda_config", "lora_ga_config"}  # used only by the `init_lora_weights` of the same name
+_REASONS = {
+    "alora_invocation_tokens": "activated LoRA applies from some tokens on",
+    "bias": "trained biases are not applied",
+    "fan_in_fan_out": "the adapter was made for a base model with transposed layers",
+    "kasa_config": "KaSA changes the base weights",
+    "layer_replication": "the adapter was made for another stack of layers",
+    "lora_bias": "biases of lora_B are not applied",
+    "modules_to_save": "modules that were trained in full are not applied",
+    "target_parameters": "only whole linear layers can be adapted",
+    "trainable_token_indices": "trained embeddings are not applied",
+    "use_dora": "DoRA is not plain LoRA",
+    "use_qalora": "QALoRA is not plain LoRA",
+}
+# Initialisations that leave the base model as it is. The others move a part of the base weights into the adapter.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """A config that can be applied: ranks and scales of modules, and which modules it is for."""
+
+    r: int
+    alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target_modules: str | tuple[str, ...]
+    exclude_modules: str | tuple[str, ...]
+    layers_to_transform: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+    raw: Mapping[str, Any]
+    _matcher: patterns.Matcher = dataclasses.field(default_factory=patterns.Matcher, repr=False, compare=False)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "AdapterConfig":
+        """From the parsed file. Raises AdapterInvalid with everything in it that can't be applied."""
+        if not isinstance(raw, Mapping):
+            raise AdapterInvalid(["adapter_config.json is no JSON object"])
+        read = _Reader(raw)
+        read.refuse_what_is_not_applied()
+        config = cls(
+            r=read.rank("r"),
+            alpha=read.number("lora_alpha"),
+            use_rslora=read.flag("use_rslora"),
+            rank_pattern=read.pattern_table("rank_pattern", _is_rank, "a whole number from 1"),
+            alpha_pattern=read.pattern_table("alpha_pattern", _is_number, "a number"),
+            target_modules=read.modules("target_modules", required=True),
+            exclude_modules=read.modules("exclude_modules", required=False),
+            layers_to_transform=read.layers(),
+            layers_pattern=read.layers_pattern(),
+            raw=dict(raw),
+        )
+        if isinstance(config.target_modules, str) and (config.layers_to_transform is not None or config.layers_pattern):
+            read.problem("layers_to_transform and layers_pattern need target_modules to be a list")
+        if read.problems:
+            raise AdapterInvalid(read.problems)
+        return config
+
+    def rank(self, module: str) -> int:
+        """r of one module, from the first key of `rank_pattern` that matches it, else `r`."""
+        return next((rank for key, rank in self.rank_pattern.items() if self._matcher.key(key, module)), self.r)
+
+    def scale(self, module: str) -> float:
+        """alpha / r of one module, or alpha / sqrt(r) with rsLoRA."""
+        alpha = next((alpha for key, alpha in self.alpha_pattern.items() if self._matcher.key(key, module)), self.alpha)
+        rank = self.rank(module)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def selects(self, module: str) -> bool:
+        """Whether PEFT would adapt this linear layer of a causal language model."""
+        if isinstance(self.exclude_modules, str):
+            if self._matcher.full(self.exclude_modules, module):
+                return False
+        elif patterns.in_list(self.exclude_modules, module):
+            return False
+        if isinstance(self.target_modules, str):
+            if self.target_modules.lower() == ALL_LINEAR:
+                return module != OUTPUT_LAYER
+            return self._matcher.full(self.target_modules, module)
+        if module in self.target_modules or self.layers_to_transform is None:
+            return patterns.in_list(self.target_modules, module)
+        layer = patterns.layer_of(module, list(self.layers_pattern), self._matcher)
+        return patterns.in_list(self.target_modules, module) and layer in self.layers_to_transform
+
+    def targets_without_a_module(self, modules: Iterable[str]) -> list[str]:
+        """The entries of `target_modules` that name none of these modules."""
+        modules = list(modules)
+        if isinstance(self.target_modules, str):
+            found = self.target_modules.lower() == ALL_LINEAR or any(self._matcher.full(self.target_modules, name) for name in modules)
+            return [] if found else [self.target_modules]
+        return [item for item in self.target_modules if not any(patterns.in_list([item], name) for name in modules)]
+
+
+def new_config(
+    *,
+    r: int,
+    lora_alpha: float,
+    target_modules: str | Iterable[str],
+    use_rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    lora_dropout: float = 0.0,
+    base_model: str | None = None,
+) -> dict[str, Any]:
+    """A complete `adapter_config.json` for a new adapter, as PEFT would write it."""
+    return canonical(
+        DEFAULTS
+        | {
+            "r": r,
+            "lora_alpha": lora_alpha,
+            "target_modules": target_modules if isinstance(target_modules, str) else list(target_modules),
+            "use_rslora": use_rslora,
+            "rank_pattern": dict(rank_pattern or {}),
+            "alpha_pattern": dict(alpha_pattern or {}),
+            "lora_dropout": lora_dropout,
+            "base_model_name_or_path": base_model,
+        }
+    )
+
+
+def canonical(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The one way in which a config is written: module lists sorted, alphas as whole numbers where they are."""
+    config = dict(raw)
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), list | tuple | set | frozenset):
+            config[key] = sorted(config[key])
+    if "lora_alpha" in config:
+        config["lora_alpha"] = _whole_where_it_is(config["lora_alpha"])
+    if config.get("alpha_pattern"):
+        config["alpha_pattern"] = {key: _whole_where_it_is(alpha) for key, alpha in config["alpha_pattern"].items()}
+    return config
+
+
+class _Reader:
+    """Reads fields and collects what is wrong with them; after a problem the value returned is only a stand-in."""
+
+    def __init__(self, raw: Mapping[str, Any]):
+        self._raw = raw
+        self.problems: list[str] = []
+
+    def problem(self, text: str) -> None:
+        self.problems.append(f"adapter_config.json: {text}")
+
+    def refuse_what_is_not_applied(self) -> None:
+        if self._raw.get("peft_type") != "LORA":
+            self.problem(f"peft_type is {_shown(self._raw.get('peft_type'))}, only LORA is served")
+        for key, value in self._raw.items():
+            if key in _APPLIED or key in _WITHOUT_EFFECT or value in (None, False, DEFAULTS.get(key)) or value in ([], {}, ""):
+                continue
+            reason = _REASONS.get(key, "it is not plain LoRA" if key in DEFAULTS else "this option is not known here")
+            self.problem(f"{shorten(key)} is {_shown(value)}, which can't be served: {reason}")
+        init = self._raw.get("init_lora_weights", True)
+        if not any(init is known or (isinstance(init, str) and init == known) for known in _INITS):
+            self.problem(
+                f"init_lora_weights is {_shown(init)}, which changes the base weights; convert the adapter to plain LoRA first"
+                " (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+            )
+
+    def rank(self, key: str) -> int:
+        value = self._raw.get(key, DEFAULTS[key])
+        if not _is_rank(value):
+            self.problem(f"{key} is {_shown(value)}, not a whole number from 1")
+            return 1
+        return value
+
+    def number(self, key: str) -> float:
+        value = self._raw.get(key, DEFAULTS[key])
+        if not _is_number(value):
+            self.problem(f"{key} is {_shown(value)}, not a number")
+            return 1.0
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self._raw.get(key)
+        if value is not None and not isinstance(value, bool):
+            self.problem(f"{key} is {_shown(value)}, not true or false")
+        return value is True
+
+    def pattern_table(self, key: str, valid: Any, what: str) -> dict[str, Any]:
+        table = self._raw.get(key) or {}
+        if not isinstance(table, dict) or len(table) > MAX_PATTERN_KEYS:
+            self.problem(f"{key} is no JSON object of at most {MAX_PATTERN_KEYS} entries")
+            return {}
+        for pattern, value in table.items():
+            if not valid(value):
+                self.problem(f"{key}: {shorten(pattern)} is {_shown(value)}, not {what}")
+            self._check_pattern(key, pattern)
+        return table
+
+    def modules(self, key: str, required: bool) -> str | tuple[str, ...]:
+        value = self._raw.get(key)
+        if isinstance(value, str) and value:
+            if value.lower() != ALL_LINEAR:
+                self._check_pattern(key, value)
+            return value
+        if isinstance(value, list) and value and len(value) <= MAX_PATTERN_KEYS and all(isinstance(item, str) and item for item in value):
+            return tuple(value)
+        if required or value not in (None, [], ""):
+            self.problem(f"{key} is {_shown(value)}; it has to be a list of module names or a string")
+        return ()
+
+    def layers(self) -> tuple[int, ...] | None:
+        value = self._raw.get("layers_to_transform")
+        numbers = [value] if type(value) is int else value
+        if numbers is None or numbers == []:
+            return None
+        if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+            self.problem(f"layers_to_transform is {_shown(value)}, not a list of layer numbers")
+            return None
+        return tuple(numbers)
+
+    def layers_pattern(self) -> tuple[str, ...]:
+        value = self._raw.get("layers_pattern") or []
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or len(names) > 64 or not all(isinstance(name, str) for name in names):
+            self.problem(f"layers_pattern is {_shown(value)}, not a list of names")
+            return ()
+        for name in names:
+            self._check_pattern("layers_pattern", name)
+        return tuple(names)
+
+    def _check_pattern(self, key: str, pattern: str) -> None:
+        problem = patterns.check(pattern)
+        if problem:
+            self.problem(f"{key}: {shorten(pattern)} {problem}")
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 1 << 31
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
+def _whole_where_it_is(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _shown(value: Any) -> str:
+    return shorten(repr(value), 60)
