@@ -1,0 +1,265 @@
+"""Runs one Triton server: starts it, tells when it is ready, and leaves no process behind.
+
+The server and the processes of its Python models live in a session of their own, so a Ctrl-C in a terminal reaches only the launcher,
+which stops them in order. All output of the server goes into a log file; `on_line` sees each line too.
+"""
+
+import ctypes
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Mapping
+
+from jaxlora.settings import Settings
+from server import installation, repository
+
+EXIT_TIMEOUT_S = 10
+"""How long the server may take to finish what is in flight when it is told to stop."""
+
+# A first compilation of all programs, on a slow machine. Triton's own limit is 30 s.
+_STUB_TIMEOUT_S = 3600
+_PR_SET_PDEATHSIG = 1
+_FAILED_LOAD = re.compile(r"^E.*\"failed to load '(?P<model>[^']+)' version \d+: (?P<reason>.*)\"$")
+
+
+class ServerDied(Exception):
+    """The server ended by itself. `str()` tells why, as far as its log tells, and where the log is."""
+
+
+class TritonServer:
+    """A Triton server over a model repository, as a context manager.
+
+    Arguments:
+        settings: host, ports, cache folder, and all that the models read; handed on as environment variables.
+        model_repository: folder of the models; the adapter store lies inside it.
+        models: names of the models to load at start.
+        log_path: file for the server's output; default: a new one in `<cache_dir>/logs`.
+        environ: the environment to start from.
+        on_line: called with every line of output, from a thread of its own.
+        arguments: further arguments for `tritonserver`.
+
+    `start` must be called from a thread that lives as long as the server may: when that thread ends, even by SIGKILL, the server is
+    told to stop.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        model_repository: pathlib.Path = repository.REPOSITORY,
+        models: tuple[str, ...] = repository.MODELS,
+        log_path: pathlib.Path | None = None,
+        environ: Mapping[str, str] = os.environ,
+        on_line: Callable[[str], None] | None = None,
+        arguments: tuple[str, ...] = (),
+    ):
+        self.settings = settings
+        self.model_repository = model_repository
+        self.models = models
+        self.log_path = log_path or _new_log(settings.cache_dir / "logs")
+        self.http_url = f"http://{settings.host}:{settings.http_port}"
+        self.grpc_url = f"{settings.host}:{settings.grpc_port}"
+        self.metrics_url = f"http://{settings.host}:{settings.metrics_port}/metrics"
+        self._environ = environ
+        self._on_line = on_line or (lambda line: None)
+        self._arguments = arguments
+        self._shared_memory = f"jaxlora-{uuid.uuid4().hex[:12]}-"
+        self._process: subprocess.Popen | None = None
+        self._reader: threading.Thread | None = None
+
+    @property
+    def store(self) -> pathlib.Path:
+        """The folder of the published adapters."""
+        return self.model_repository / repository.STORE
+
+    @property
+    def pid(self) -> int:
+        """Process id of `tritonserver`, which is the id of its process group as well."""
+        return self._started().pid
+
+    def __enter__(self) -> "TritonServer":
+        try:
+            self.start()
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts the server and returns at once.
+
+        Raises:
+            SetupError: there is no server that can be run here.
+        """
+        found = installation.find(self.settings.cache_dir, self._environ)
+        self.store.mkdir(parents=True, exist_ok=True)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        libc = ctypes.CDLL(None)  # loaded here, as the child may not import anything
+        self._process = subprocess.Popen(
+            self._command(found),
+            env=self._environment(found),
+            cwd=repository.PROJECT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+        )
+        self._reader = threading.Thread(target=self._read, name="triton-log", daemon=True)
+        self._reader.start()
+
+    def wait_until_ready(self, timeout_s: float = float("inf")) -> None:
+        """Returns when all models are loaded and requests are taken.
+
+        Raises:
+            ServerDied: the server ended before.
+            TimeoutError: it was not ready after `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self.is_ready():
+            if self.has_ended():
+                raise ServerDied(self._obituary())
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the server was not ready after {timeout_s:g} s; its log is {self.log_path}")
+            time.sleep(0.1)
+
+    def is_ready(self) -> bool:
+        """Whether the server answers that it and its models are ready."""
+        try:
+            with urllib.request.urlopen(f"{self.http_url}/v2/health/ready", timeout=5) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def has_ended(self) -> bool:
+        """Whether `tritonserver` has ended."""
+        # WNOWAIT: it is not reaped before its group has been killed, so nobody else can have got the group's id.
+        process = self._started()
+        return process.returncode is not None or os.waitid(os.P_PID, process.pid, _PEEK | os.WNOHANG) is not None
+
+    def wait(self) -> None:
+        """Returns never, while all goes well.
+
+        Raises:
+            ServerDied: the server has ended.
+        """
+        while not self.has_ended():
+            time.sleep(0.2)
+        raise ServerDied(self._obituary())
+
+    def stop(self, timeout_s: float = EXIT_TIMEOUT_S + 5) -> None:
+        """Stops the server and every process it started. What is in flight may finish within EXIT_TIMEOUT_S. Does nothing twice."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        try:
+            deadline = time.monotonic() + timeout_s
+            if not self.has_ended():
+                process.terminate()
+            while not self.has_ended() and time.monotonic() < deadline:
+                time.sleep(0.05)
+        finally:  # also when a second Ctrl-C comes in
+            self.kill()
+
+    def kill(self) -> None:
+        """Ends the server and every process it started at once, as a crash would."""
+        process = self._started()
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            self._reader.join(timeout=5)
+            for segment in pathlib.Path("/dev/shm").glob(f"{self._shared_memory}*"):
+                segment.unlink(missing_ok=True)
+
+    def last_lines(self, count: int = 15) -> list[str]:
+        """The last lines of the server's output."""
+        try:
+            return self.log_path.read_text(errors="replace").splitlines()[-count:]
+        except OSError:
+            return []
+
+    def _started(self) -> subprocess.Popen:
+        if self._process is None:
+            raise RuntimeError("the server was not started")
+        return self._process
+
+    def _command(self, found: installation.Installation) -> list[str]:
+        settings = self.settings
+        command = [
+            str(found.binary),
+            f"--model-repository={self.model_repository}",
+            "--model-control-mode=explicit",
+            *(f"--load-model={model}" for model in self.models),
+            # Else every Python model is imported twice at start, the first time only to ask for its configuration.
+            "--disable-auto-complete-config",
+            f"--backend-config=python,stub-timeout-seconds={_STUB_TIMEOUT_S}",
+            f"--backend-config=python,shm-region-prefix-name={self._shared_memory}",
+            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+            f"--http-address={settings.host}",
+            f"--http-port={settings.http_port}",
+            f"--grpc-address={settings.host}",
+            f"--grpc-port={settings.grpc_port}",
+            f"--metrics-address={settings.host}",
+            f"--metrics-port={settings.metrics_port}",
+        ]
+        if found.backend_directory is not None:
+            command.append(f"--backend-directory={found.backend_directory}")
+        return [*command, *self._arguments]
+
+    def _environment(self, found: installation.Installation) -> dict[str, str]:
+        environment = {**self._environ, **self.settings.environment()}
+        before = {
+            "PATH": [pathlib.Path(sys.prefix, "bin")],  # the Python backend takes its packages from the first python3 there
+            "PYTHONPATH": [repository.PROJECT],
+            "LD_LIBRARY_PATH": found.library_path,
+        }
+        for name, folders in before.items():
+            environment[name] = os.pathsep.join([*map(str, folders), *filter(None, [environment.get(name)])])
+        # A __pycache__ below a model's folder would count as a change of the model.
+        return {**environment, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+
+    def _read(self) -> None:
+        with self.log_path.open("ab", buffering=0) as log:
+            for line in self._started().stdout:
+                log.write(line)
+                self._on_line(line.decode(errors="replace").rstrip("\n"))
+
+    def _obituary(self) -> str:
+        status = os.waitid(os.P_PID, self.pid, _PEEK)
+        self._reader.join(timeout=2)
+        ended = f"signal {signal.Signals(status.si_status).name}" if status.si_code != os.CLD_EXITED else f"code {status.si_status}"
+        log = self.last_lines(10_000)
+        reasons = [reason for line in log if (reason := failed_load(line))]
+        told = reasons or [line for line in log if line.strip() and line[0] not in "+|"][-15:]  # without Triton's tables
+        return "\n".join([f"the server ended with {ended}", *(f"  {line}" for line in told), f"its whole log is {self.log_path}"])
+
+
+_PEEK = os.WEXITED | os.WNOWAIT
+
+
+def failed_load(line: str) -> str | None:
+    """What a line of Triton's log tells about a model that can't be loaded, without the traceback; None for other lines."""
+    match = _FAILED_LOAD.match(line)
+    if match is None:
+        return None
+    reason = match["reason"].split(r"\n\nAt:")[0].removeprefix("Internal: ").removeprefix("TritonModelException: ")
+    return f"{match['model']}: " + reason.replace(r"\n", "\n  ")
+
+
+def _new_log(folder: pathlib.Path, keep: int = 10) -> pathlib.Path:
+    """A name for a new log in `folder`, from which all but the newest are removed."""
+    for old in sorted(folder.glob("triton-*.log"))[: 1 - keep]:
+        old.unlink(missing_ok=True)
+    return folder / time.strftime(f"triton-%Y%m%d-%H%M%S-{os.getpid()}.log", time.gmtime())
