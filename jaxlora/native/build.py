@@ -1,0 +1,101 @@
+"""Compiles the kernels into a shared library, once for each compiler, XLA FFI version and state of the sources.
+
+Knows the compiler and its flags; knows nothing of JAX arrays. A build goes to a temporary file and is renamed into place, so that
+processes that start together never see half of one.
+"""
+
+import hashlib
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+
+import jax.ffi
+
+SOURCES = pathlib.Path(__file__).parent / "src"
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-w"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
+ISA_FLAGS = {"avx512bf16": [*AVX512, "-mavx512bf16"], "avx512": AVX512, "avx2": ["-mavx2", "-mfma"]}
+
+
+class BuildError(Exception):
+    """Why there is no library, in one line."""
+
+
+def compiler() -> list[str]:
+    """The C++ compiler's command: `CXX`, or the first of g++, clang++ and c++ on PATH.
+
+    Raises:
+        BuildError: there is none.
+    """
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    for name in ("g++", "clang++", "c++"):
+        if path := shutil.which(name):
+            return [path]
+    raise BuildError("no C++ compiler (g++ or clang++) on PATH")
+
+
+def library(build_dir: os.PathLike[str] | str) -> pathlib.Path:
+    """The compiled library in `build_dir` (made where absent), built now unless it's there already. A build takes seconds.
+
+    Raises:
+        BuildError: another kind of machine, no compiler, or the compiler's first error.
+    """
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        raise BuildError(f"no kernels for {platform.system()} on {platform.machine()}")
+    command = compiler()
+    build_dir = pathlib.Path(build_dir)
+    path = build_dir / f"jaxlora-native-{_key(command)}.so"
+    if not path.exists():
+        build_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=build_dir, prefix="build-") as folder:
+            os.replace(_build(command, pathlib.Path(folder)), path)
+    return path
+
+
+def _key(command: list[str]) -> str:
+    digest = hashlib.sha256(repr((FLAGS, ISA_FLAGS, command)).encode())
+    digest.update(_run([*command, "--version"]).encode())
+    headers = pathlib.Path(jax.ffi.include_dir())
+    for path in [*sorted(SOURCES.iterdir()), *sorted(headers.rglob("ffi/api/*.h"))]:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _build(command: list[str], folder: pathlib.Path) -> pathlib.Path:
+    objects, known = [], []
+    for isa, flags in ISA_FLAGS.items():
+        try:
+            objects.append(_compile(command, f"{isa}.cc", flags, folder))
+            known.append(f"-DJAXLORA_{isa.upper()}")
+        except BuildError as error:  # an older compiler may lack the newest set
+            failure = error
+    if not known:
+        raise failure
+    objects.append(_compile(command, "pool.cc", [], folder))
+    objects.append(_compile(command, "ffi.cc", [*known, "-isystem", jax.ffi.include_dir()], folder))
+    built = folder / "library.so"
+    _run([*command, "-shared", "-pthread", "-o", str(built), *map(str, objects)])
+    return built
+
+
+def _compile(command: list[str], source: str, flags: list[str], folder: pathlib.Path) -> pathlib.Path:
+    target = folder / f"{source}.o"
+    _run([*command, *FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(target)])
+    return target
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]} does not run: {error}") from None
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
+        raise BuildError(f"{command[0]} failed: {lines[0].strip()}")
+    return done.stdout

@@ -1,0 +1,169 @@
+"""The compiled kernels as JAX functions. See the package's docstring for the contract."""
+
+import ctypes
+import dataclasses
+import functools
+import os
+import pathlib
+import threading
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jaxlora.native import build
+from jaxlora.native.twins import twin_attention
+
+Array = jax.Array
+PANEL = 32  # columns of a panel; kPanel in src/kernels.h
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["k", "n"])
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Weights [k, n] as `linear` reads them: float32 [panels, k, 32], or pairs of bfloat16 along k as uint32 [panels, pairs, 32]."""
+
+    data: Array
+    k: int
+    n: int
+
+
+class LoraModule(NamedTuple):
+    """One module of a `lora` call. Offsets count values from the start of a slot's part of the bank."""
+
+    a: int  # offset of A [max_rank, k], of which the first rows up to the slot's rank are read
+    b: int  # offset of B [max_rank, width], with the adapter's scale folded in
+    column: int  # first column of y
+    width: int  # columns of y
+
+
+def pack_linear(w: np.ndarray | Array) -> Packed:
+    """Packs float32 or bfloat16 weights [k, n], once. Needs their size in host memory besides.
+
+    Raises:
+        TypeError: another type or number of dimensions.
+    """
+    w = np.asarray(w)
+    if w.ndim != 2 or w.dtype not in (np.float32, ml_dtypes.bfloat16):
+        raise TypeError(f"weights are float32 or bfloat16 [k, n], not {w.dtype} {list(w.shape)}")
+    k, n = w.shape
+    depth = 1 if w.dtype == np.float32 else 2
+    panels, steps = -(-n // PANEL), -(-k // depth)
+    padded = np.zeros((steps * depth, panels * PANEL), np.float32 if depth == 1 else np.uint16)
+    padded[:k, :n] = w.view(padded.dtype)
+    data = np.ascontiguousarray(padded.reshape(steps, depth, panels, PANEL).transpose(2, 0, 3, 1))
+    return Packed(jnp.asarray(data.reshape(panels, steps, PANEL * depth).view(np.float32 if depth == 1 else np.uint32)), k, n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """The loaded library. Its functions run on CPU devices only, and work under `jax.jit`."""
+
+    path: pathlib.Path
+    isa: str
+    threads: int
+
+    pack_linear = staticmethod(pack_linear)
+
+    @staticmethod
+    def linear(x: Array, w: Packed) -> Array:
+        """float32 [..., n] = x [..., k] @ w. With bfloat16 weights x is rounded to bfloat16 first; sums are float32."""
+        rows = x.reshape(-1, w.k).astype(jnp.float32)
+        name = "jaxlora_linear_f32" if w.data.dtype == jnp.float32 else "jaxlora_linear_bf16"
+        result = jax.ShapeDtypeStruct((rows.shape[0], w.n), jnp.float32)
+        return jax.ffi.ffi_call(name, result)(rows, w.data).reshape(*x.shape[:-1], w.n)
+
+    @staticmethod
+    def attention(
+        q: Array, k_new: Array, v_new: Array, k_cache: Array, v_cache: Array, starts: Array, lengths: Array, slots: Array, *,
+        scale: float, window: int = 0,
+    ) -> tuple[Array, Array, Array]:
+        """Stores the new keys and values, then attends causally over each row's own slot.
+
+        Arguments:
+            q: float32 [b, t, heads, d].
+            k_new, v_new: float32 [b, t, kv, d].
+            k_cache, v_cache: float32 or bfloat16 [slots, kv, s, d]. Updated in place where they are donated or temporary.
+            starts: int32 [b], position of each row's first token.
+            lengths: int32 [b], valid tokens of each row; 0 for an idle row. Other tokens store nothing and come out as zeros.
+            slots: int32 [b], a different one for each row that isn't idle.
+            scale: factor of the scores.
+            window: how many positions a token sees, itself included; 0 for all.
+
+        Returns:
+            float32 [b, t, heads, d] and the two caches.
+
+        Raises:
+            jax.errors.JaxRuntimeError: as it runs, where a row lies outside of the cache.
+        """
+        d = q.shape[-1]
+        if d % 16 or d > 256:
+            return twin_attention(q, k_new, v_new, k_cache, v_cache, starts, lengths, slots, scale=scale, window=window)
+        results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, k_cache, v_cache)]
+        call = jax.ffi.ffi_call("jaxlora_attention", results, input_output_aliases={3: 1, 4: 2})
+        out, k_cache, v_cache = call(
+            q, k_new, v_new, k_cache, v_cache, starts, lengths, slots, window=np.int64(window), scale=np.float32(scale)
+        )
+        return out, k_cache, v_cache
+
+    @staticmethod
+    def lora(
+        y: Array, x: Array, bank: Array, row_slot: Array, rank: Array, *, modules: tuple[LoraModule, ...], max_rank: int
+    ) -> Array:
+        """y [m, n] with each row's low-rank update (x A^T) B added, for all modules that read the same x. In place where it can be.
+
+        Arguments:
+            y: float32 [m, n].
+            x: float32 [m, k].
+            bank: float32 or bfloat16 [slots, size].
+            row_slot: int32 [m], each row's slot of the bank, or -1 for none.
+            rank: int32 [slots], true ranks, at most `max_rank`.
+            modules: where their A and B lie, and which columns of y are theirs.
+            max_rank: rows of every A and B in the bank.
+        """
+        columns = [np.array(column, np.int64) for column in zip(*modules)]
+        call = jax.ffi.ffi_call("jaxlora_lora", jax.ShapeDtypeStruct(y.shape, y.dtype), input_output_aliases={0: 0})
+        return call(
+            y, x, bank, row_slot, rank, ranks=np.int64(max_rank),
+            **dict(zip(("a_offsets", "b_offsets", "columns", "widths"), columns)),
+        )
+
+
+_lock = threading.Lock()
+_loaded: list[tuple[pathlib.Path, ctypes.CDLL]] = []  # at most one: the targets of jax.ffi belong to the process
+
+
+def load(build_dir: os.PathLike[str] | str, isa: str | None = None) -> Kernels | str:
+    """Builds the library into `build_dir` unless it's there, loads it and registers its functions with JAX.
+
+    A process has one library and one instruction set at a time; a later call may change the set.
+
+    Arguments:
+        build_dir: folder for the compiled library; it may be shared by processes.
+        isa: `avx512bf16`, `avx512` or `avx2`; by default `JAXLORA_NATIVE_ISA` (which may be `none`), or else the best the CPU has.
+
+    Returns:
+        The kernels, or one line that says why there are none. The caller then stays with plain JAX.
+    """
+    isa = isa or os.environ.get("JAXLORA_NATIVE_ISA", "")
+    if isa == "none":
+        return "switched off by JAXLORA_NATIVE_ISA"
+    with _lock:
+        if not _loaded:
+            try:
+                path = build.library(build_dir)
+                library = ctypes.CDLL(str(path))
+            except (build.BuildError, OSError) as error:
+                return str(error)
+            library.jaxlora_select.restype = ctypes.c_char_p
+            for name in ("linear_f32", "linear_bf16", "attention", "lora"):
+                handler = jax.ffi.pycapsule(getattr(library, f"jaxlora_{name}"))
+                jax.ffi.register_ffi_target(f"jaxlora_{name}", handler, platform="cpu")
+            _loaded.append((path, library))
+        path, library = _loaded[0]
+        chosen = library.jaxlora_select(isa.encode()).decode()
+        if not chosen:
+            return f"this CPU or compiler lacks {isa}" if isa else "this CPU has neither AVX-512 nor AVX2 with FMA"
+        return Kernels(path, chosen, library.jaxlora_threads())

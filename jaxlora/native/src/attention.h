@@ -1,0 +1,192 @@
+// Causal attention over a cache, with an online softmax over blocks of positions. Blocks lie at whole multiples of kBlock and a
+// query meets them in ascending order, so that a token's result does not depend on the tile, the chunk or the batch it came in.
+
+constexpr int64_t kBlock = 128;      // positions: their keys and values stay in the cache while every query of a tile meets them
+constexpr int kValueVecs = kWidth == 16 ? 4 : 2;  // vectors of the head dimension that are summed at once
+constexpr int kValueRows = 6;                     // queries that are summed at once
+constexpr float kMasked = -1e30f;    // finite, so that no infinities are subtracted
+
+// scores[i] = query . key[i] for kWidth positions from `key` on; positions after `last` repeat it (the caller masks them).
+template <typename Cache>
+INLINE Vec dot_keys(const float* query, const Cache* key, int64_t last, int64_t d) {
+  Vec acc[kWidth];
+  const Cache* rows[kWidth];
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    rows[i] = key + (i < last ? i : last) * d;
+    acc[i] = zero();
+  }
+  for (int64_t c = 0; c < d; c += kWidth) {
+    Vec q = load(query + c);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) acc[i] = fma(q, load_value(rows[i] + c), acc[i]);
+  }
+  return sums(acc);
+}
+
+// out[r, :] += weights[r, t] * values[t, :] for t in [begin, end), over R queries and N vectors of the head dimension.
+template <typename Cache, int R, int N>
+INLINE void add_values(const float* weights, const Cache* values, float* out, int64_t begin, int64_t end, int64_t d) {
+  Vec acc[R][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < N; ++i) acc[r][i] = load(out + r * d + i * kWidth);
+  for (int64_t t = begin; t < end; ++t) {
+    Vec value[N];
+    for (int i = 0; i < N; ++i) value[i] = load_value(values + t * d + i * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Vec weight = fill(weights[r * kBlock + t]);
+      for (int i = 0; i < N; ++i) acc[r][i] = fma(weight, value[i], acc[r][i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < N; ++i) store(out + r * d + i * kWidth, acc[r][i]);
+}
+
+template <typename Cache, int R>
+void add_values_of(int rows, const float* weights, const Cache* values, float* out, int64_t begin, int64_t end, int64_t d) {
+  if (rows == R) {
+    int64_t c = 0;
+    for (; c + kValueVecs * kWidth <= d; c += kValueVecs * kWidth) {
+      add_values<Cache, R, kValueVecs>(weights, values + c, out + c, begin, end, d);
+    }
+    for (; c < d; c += kWidth) add_values<Cache, R, 1>(weights, values + c, out + c, begin, end, d);
+  } else if constexpr (R > 1) {
+    add_values_of<Cache, R - 1>(rows, weights, values, out, begin, end, d);
+  }
+}
+
+// A query: its vector (scaled, to base 2), the positions it sees, and its softmax so far.
+struct Query {
+  int64_t low, high;  // both inclusive
+  float top;          // largest score
+  Vec total;          // sum of weights, by lane
+};
+
+template <typename Cache>
+class QueryTile {
+ public:
+  void push(const float* q, float scale, int64_t d, int64_t low, int64_t high) {
+    Vec factor = fill(scale * 1.44269504f);
+    for (int64_t c = 0; c < d; c += kWidth) {
+      store(vectors_ + count_ * d + c, mul(load(q + c), factor));
+      store(out_ + count_ * d + c, zero());
+    }
+    queries_[count_++] = {low, high, kMasked, zero()};
+  }
+
+  // Keys and values are one head's [s, d].
+  void attend(const Cache* keys, const Cache* values, int64_t d) {
+    int64_t low = queries_[0].low, high = queries_[0].high;
+    for (int r = 1; r < count_; ++r) {
+      low = queries_[r].low < low ? queries_[r].low : low;
+      high = queries_[r].high > high ? queries_[r].high : high;
+    }
+    for (int64_t block = low / kBlock * kBlock; block <= high; block += kBlock) {
+      int64_t end = high + 1 - block < kBlock ? high + 1 - block : kBlock, begin = low > block ? low - block : 0;
+      score(keys + block * d, block, begin, end, d);
+      for (int r = 0; r < count_; ++r) weigh(r, block, d);
+      for (int r = 0; r < count_; r += kValueRows) {
+        int rows = count_ - r < kValueRows ? count_ - r : kValueRows;
+        add_values_of<Cache, kValueRows>(rows, weights_ + r * kBlock, values + block * d, out_ + r * d, begin, end, d);
+      }
+    }
+  }
+
+  void finish(int r, float* out, int64_t d) {
+    Vec inverse = fill(1.0f / sum(queries_[r].total));
+    for (int64_t c = 0; c < d; c += kWidth) store(out + c, mul(load(out_ + r * d + c), inverse));
+  }
+
+ private:
+  void score(const Cache* keys, int64_t block, int64_t begin, int64_t end, int64_t d) {
+    for (int64_t g = begin / kWidth * kWidth; g < end; g += kWidth) {
+      for (int r = 0; r < count_; ++r) {
+        const Query& query = queries_[r];
+        int64_t low = query.low - block - g, high = query.high - block - g;  // the lanes that it sees
+        Vec scores = fill(kMasked);
+        if (low < kWidth && high >= 0) {
+          scores = dot_keys(vectors_ + r * d, keys + g * d, high, d);
+          if (high < kWidth - 1) scores = first(static_cast<int>(high) + 1, scores, fill(kMasked));
+          if (low > 0) scores = first(static_cast<int>(low), fill(kMasked), scores);
+        }
+        store(weights_ + r * kBlock + g, scores);
+      }
+    }
+  }
+
+  // Turns one query's scores of a block into weights, and scales what it has summed so far to the new largest score.
+  void weigh(int r, int64_t block, int64_t d) {
+    Query& query = queries_[r];
+    float* weights = weights_ + r * kBlock;
+    int64_t begin = (query.low > block ? query.low - block : 0) / kWidth * kWidth;
+    int64_t end = query.high + 1 - block < kBlock ? query.high + 1 - block : kBlock;
+    for (int64_t g = 0; g < begin && g < kBlock; g += kWidth) store(weights + g, zero());
+    for (int64_t g = end < 0 ? 0 : (end + kWidth - 1) / kWidth * kWidth; g < kBlock; g += kWidth) store(weights + g, zero());
+    if (begin >= end) return;
+    Vec top = load(weights + begin);
+    for (int64_t g = begin + kWidth; g < end; g += kWidth) top = max(top, load(weights + g));
+    float highest = largest(top);
+    if (highest > query.top) {
+      Vec shrink = exp2(fill(query.top - highest));
+      query.top = highest;
+      query.total = mul(query.total, shrink);
+      for (int64_t c = 0; c < d; c += kWidth) store(out_ + r * d + c, mul(load(out_ + r * d + c), shrink));
+    }
+    for (int64_t g = begin; g < end; g += kWidth) {
+      Vec weight = exp2(sub(load(weights + g), fill(query.top)));
+      query.total = add(query.total, weight);
+      store(weights + g, weight);
+    }
+  }
+
+  int count_ = 0;
+  Query queries_[kTileQueries];
+  alignas(64) float weights_[kTileQueries * kBlock];
+  alignas(64) float vectors_[kTileQueries * kMaxHead];
+  alignas(64) float out_[kTileQueries * kMaxHead];
+};
+
+template <typename Cache>
+void attend(const Attention& a, int64_t begin, int64_t end) {
+  const int64_t group = a.heads / a.kv, tiles = (a.t + a.tile - 1) / a.tile;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t kv = item % a.kv, first_token = item / a.kv % tiles * a.tile, b = item / a.kv / tiles;
+    const int64_t after = first_token + a.tile < a.t ? first_token + a.tile : a.t;
+    const int64_t valid = a.lengths[b] < after ? a.lengths[b] : after;
+    const int64_t cache = (a.slots[b] * a.kv + kv) * a.s * a.d;
+    auto at = [&](int64_t token, int64_t head) { return ((b * a.t + token) * a.heads + kv * group + head) * a.d; };
+    const int64_t queries = valid > first_token ? (valid - first_token) * group : 0;
+    for (int64_t i = 0; i < queries; i += kTileQueries) {
+      const int64_t next = i + kTileQueries < queries ? i + kTileQueries : queries;
+      QueryTile<Cache> tile;
+      for (int64_t j = i; j < next; ++j) {
+        const int64_t token = first_token + j / group, position = a.starts[b] + token;
+        const int64_t low = a.window && position >= a.window ? position - a.window + 1 : 0;
+        tile.push(a.q + at(token, j % group), a.scale, a.d, low, position);
+      }
+      tile.attend(static_cast<const Cache*>(a.k_cache) + cache, static_cast<const Cache*>(a.v_cache) + cache, a.d);
+      for (int64_t j = i; j < next; ++j) tile.finish(static_cast<int>(j - i), a.out + at(first_token + j / group, j % group), a.d);
+    }
+    for (int64_t token = valid > first_token ? valid : first_token; token < after; ++token) {
+      __builtin_memset(a.out + at(token, 0), 0, static_cast<size_t>(group * a.d) * sizeof(float));
+    }
+  }
+}
+
+template <typename Cache>
+void store_new(const Attention& a, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t kv = item % a.kv, b = item / a.kv;
+    for (int64_t token = 0; token < a.lengths[b]; ++token) {
+      const int64_t from = ((b * a.t + token) * a.kv + kv) * a.d;
+      const int64_t to = ((a.slots[b] * a.kv + kv) * a.s + a.starts[b] + token) * a.d;
+      for (int64_t c = 0; c < a.d; ++c) {
+        store_value(static_cast<Cache*>(a.k_cache) + to + c, a.k_new[from + c]);
+        store_value(static_cast<Cache*>(a.v_cache) + to + c, a.v_new[from + c]);
+      }
+    }
+  }
+}

@@ -1,0 +1,92 @@
+// What one instruction set offers. Every function works on a range of its items, so that any number of threads may share a call;
+// no result depends on how the range was cut, nor on how many rows there are.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace jaxlora {
+
+constexpr int kPanel = 32;  // columns of a panel of packed weights
+
+inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
+
+// y[m, n] = x[m, k] @ w, all float32 but for the weights.
+//   float32 weights  [panels(n)][k][32]
+//   bfloat16 weights [panels(n)][pairs of k][32][2], k padded to even with a zero; x is rounded to bfloat16 first
+struct Linear {
+  const void* x;  // float32 rows, or what `round_rows` made of them
+  const void* w;
+  float* y;
+  int64_t m, k, n;
+};
+
+// Row t of sequence b is at position starts[b] + t and lies in cache slot slots[b]; lengths[b] of its `t` rows are valid.
+//   q, out [b, t, heads, d]; k_new, v_new [b, t, kv, d]; k_cache, v_cache [slots, kv, s, d]
+struct Attention {
+  const float *q, *k_new, *v_new;
+  const int32_t *starts, *lengths, *slots;
+  void *k_cache, *v_cache;
+  float* out;
+  int64_t b, t, heads, kv, d, s;
+  int64_t window;  // 0: none
+  float scale;
+  int64_t tile;  // tokens of a tile of queries
+};
+
+// One module of a LoRA call: y[:, column : column + n] += (x A^T) B for the rows of each adapter.
+struct LoraModule {
+  int64_t a, b;       // offsets into an adapter's part of the bank: A is [ranks, k], B is [ranks, n]
+  int64_t column, n;  // its columns of y
+};
+
+// The rows that share an adapter: entries [begin, end) of Lora::rows.
+struct LoraGroup {
+  int64_t slot, rank, begin, end;
+};
+
+// A part of the work: ranks or columns of one module from `first` on, for the rows of one group.
+struct LoraItem {
+  int64_t group, module, first;
+};
+
+struct Lora {
+  const float* x;     // [m, k]
+  const void* bank;   // [adapters, size]
+  float* hidden;      // [modules, m, ranks]
+  float* y;           // [m, n]
+  const int64_t* rows;
+  const LoraGroup* groups;
+  const LoraModule* modules;
+  const LoraItem *down, *up;
+  int64_t size, m, k, n, ranks;
+};
+
+struct Kernels {
+  const char* name;
+  size_t rounded_bytes;  // of one x value after round_rows; rows are padded to an even number of values
+  void (*round_rows)(const float* x, void* rounded, int64_t k, int64_t row_begin, int64_t row_end);
+  // Items of `linear` are (block of kRowBlock rows, panel), panels fastest.
+  void (*linear_f32)(const Linear&, int64_t begin, int64_t end);
+  void (*linear_bf16)(const Linear&, int64_t begin, int64_t end);
+  // Items of `store_new` are (sequence, kv head); of `attend` (sequence, tile, kv head), kv heads fastest.
+  void (*store_new_f32)(const Attention&, int64_t begin, int64_t end);
+  void (*store_new_bf16)(const Attention&, int64_t begin, int64_t end);
+  void (*attend_f32)(const Attention&, int64_t begin, int64_t end);
+  void (*attend_bf16)(const Attention&, int64_t begin, int64_t end);
+  // Items are those of `down` (kRankBlock ranks) and of `up` (kColumnBlock columns).
+  void (*lora_down_f32)(const Lora&, int64_t begin, int64_t end);
+  void (*lora_down_bf16)(const Lora&, int64_t begin, int64_t end);
+  void (*lora_up_f32)(const Lora&, int64_t begin, int64_t end);
+  void (*lora_up_bf16)(const Lora&, int64_t begin, int64_t end);
+};
+
+constexpr int64_t kRowBlock = 128;    // rows of x that are kept in the cache while every panel passes over them
+constexpr int64_t kRankBlock = 8;     // ranks of A that one item reads
+constexpr int64_t kColumnBlock = 256;  // columns of B that one item reads
+constexpr int64_t kTileQueries = 48;  // queries (tokens times heads of a group) that share a pass over keys and values
+constexpr int64_t kMaxHead = 256;     // largest head dimension
+
+extern const Kernels kAvx512Bf16, kAvx512, kAvx2;
+
+}  // namespace jaxlora

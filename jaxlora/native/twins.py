@@ -1,0 +1,59 @@
+"""The kernels in plain JAX: what each computes, in its simplest form. The reference of the tests, and the path of every machine
+without the library. Results agree within rounding, not bit for bit: the order of adding differs.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def twin_linear(x: Array, w: Array) -> Array:
+    """float32 [..., n] = x [..., k] @ w [k, n]. With bfloat16 weights x is rounded to bfloat16 first; sums are float32."""
+    return jnp.matmul(x.astype(w.dtype), w, preferred_element_type=jnp.float32)
+
+
+def twin_attention(
+    q: Array, k_new: Array, v_new: Array, k_cache: Array, v_cache: Array, starts: Array, lengths: Array, slots: Array, *,
+    scale: float, window: int = 0,
+) -> tuple[Array, Array, Array]:
+    """As `Kernels.attention`."""
+    batch, chunk, heads, _ = q.shape
+    kv, size = k_cache.shape[1:3]
+    tokens = jnp.arange(chunk)
+    valid = tokens < lengths[:, None]  # [b, t]
+    positions = starts[:, None] + tokens
+    # Idle rows and tokens write outside of the cache, which `drop` ignores.
+    at = (slots[:, None, None], jnp.arange(kv)[None, None, :], jnp.where(valid, positions, size)[:, :, None])
+    k_cache = k_cache.at[at].set(k_new.astype(k_cache.dtype), mode="drop")
+    v_cache = v_cache.at[at].set(v_new.astype(v_cache.dtype), mode="drop")
+    keys, values = k_cache[slots].astype(jnp.float32), v_cache[slots].astype(jnp.float32)  # [b, kv, s, d]
+
+    where = jnp.arange(size)
+    seen = where <= positions[..., None]
+    if window:
+        seen &= where > positions[..., None] - window
+    queries = q.reshape(batch, chunk, kv, heads // kv, -1)
+    scores = jnp.einsum("btkgd,bksd->btkgs", queries, keys, precision="highest") * scale
+    weights = jax.nn.softmax(jnp.where(seen[:, :, None, None], scores, -1e30), axis=-1)
+    # What lies beyond a row's positions may be anything, NaN too.
+    values = jnp.where((where < (starts + lengths)[:, None])[:, None, :, None], values, 0)
+    out = jnp.einsum("btkgs,bksd->btkgd", weights, values, precision="highest").reshape(q.shape)
+    return jnp.where(valid[:, :, None, None], out, 0), k_cache, v_cache
+
+
+def twin_lora(y: Array, x: Array, bank: Array, row_slot: Array, rank: Array, *, modules: tuple, max_rank: int) -> Array:
+    """As `Kernels.lora`."""
+    slots, k = bank.shape[0], x.shape[1]
+    used = jnp.arange(max_rank) < rank[:, None]  # [slot, r]
+    own = row_slot[:, None] == jnp.arange(slots)  # [m, slot]
+    mask = own[:, :, None] & used
+    for module in modules:
+        a = bank[:, module.a : module.a + max_rank * k].reshape(slots, max_rank, k).astype(jnp.float32)
+        b = bank[:, module.b : module.b + max_rank * module.width].reshape(slots, max_rank, module.width).astype(jnp.float32)
+        hidden = jnp.where(mask, jnp.einsum("mk,srk->msr", x, a, precision="highest"), 0)
+        # Ranks that a slot does not use may hold anything.
+        b = jnp.where(used[:, :, None], b, 0)
+        delta = jnp.einsum("msr,srn->mn", hidden, b, precision="highest")
+        y = y.at[:, module.column : module.column + module.width].add(delta)
+    return y
