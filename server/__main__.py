@@ -13,10 +13,8 @@ import time
 from jaxlora.errors import SetupError
 from jaxlora.settings import Settings
 from server import preflight, repository
+from server.backend import PROGRESS
 from server.launch import ServerDied, TritonServer, failed_load
-
-PROGRESS = "progress: "
-"""What a line that a model prints begins with when a person should see it during the start."""
 
 
 def main() -> int:

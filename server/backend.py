@@ -1,0 +1,84 @@
+"""What the Python models of the repository share: reading a request, answering with an error, failing a load without telling paths.
+
+Runs inside Triton's Python backend, and is the only module beside the models that knows its API
+(https://github.com/triton-inference-server/python_backend). Knows no model.
+"""
+
+import functools
+import json
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxlora.errors import ServingError, SetupError
+from jaxlora.service.fields import FIELDS, INPUT_IDS
+from jaxlora.settings import Settings
+
+PROGRESS = "progress: "
+"""What a printed line begins with when a person who waits for the server should see it."""
+
+_LISTS = {field.name for field in (*FIELDS.values(), INPUT_IDS) if field.dims == -1}
+
+
+def progress(text: str) -> None:
+    """Shows a line of text to the person who started the server."""
+    print(f"{PROGRESS}{text}", flush=True)
+
+
+def settings(args: Mapping[str, str]) -> Settings:
+    """The settings of a model: `args` is what Triton gives to `initialize`. Raises SetupError for wrong values."""
+    parameters = json.loads(args["model_config"]).get("parameters", {})
+    return Settings.read(parameters={name: value["string_value"] for name, value in parameters.items()})
+
+
+def rows(request: Any) -> list[dict[str, Any]]:
+    """The tensors of a request, one dict a row, by name: bytes for TYPE_STRING, else Python numbers; lists for the fields of many values.
+
+    Triton has checked names, types and shapes `[n, k]` against the model's config, and that all tensors have the same n.
+    """
+    arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+    count = min(len(array) for array in arrays.values())
+    return [
+        {name: values if name in _LISTS else values[0] for name, array in arrays.items() for values in [array[row].tolist()]}
+        for row in range(count)
+    ]
+
+
+def parameters(request: Any) -> dict[str, Any]:
+    """The request's parameters by name: strings, numbers and booleans."""
+    return json.loads(request.parameters() or "{}")
+
+
+def error_response(error: BaseException) -> Any:
+    """The answer to a request that `error` ended. The text of an error that is not a ServingError goes to the log only."""
+    import triton_python_backend_utils as pb_utils
+
+    if isinstance(error, ServingError):
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code)))
+    traceback.print_exception(error)
+    text = f"internal error ({type(error).__name__}); the server's log has the details"
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, pb_utils.TritonError.INTERNAL))
+
+
+def refusing(initialize: Callable[[Any, dict[str, str]], None]) -> Callable[[Any, dict[str, str]], None]:
+    """Decorates `initialize`: a SetupError or ServingError becomes the text of the 400 that answers the load.
+
+    Triton appends the traceback of the exception to that text. It starts here, in a function whose file has no folder, so the text tells
+    nothing about the server's disk.
+    """
+
+    def refuse(self: Any, args: dict[str, str]) -> None:
+        import triton_python_backend_utils as pb_utils
+
+        try:
+            initialize(self, args)
+            return
+        except (SetupError, ServingError) as error:
+            text = str(error)
+        except Exception as error:
+            traceback.print_exception(error)
+            text = f"internal error ({type(error).__name__}); the server's log has the details"
+        raise pb_utils.TritonModelException(text)
+
+    refuse.__code__ = refuse.__code__.replace(co_filename="model.py", co_name="initialize")
+    return functools.wraps(initialize)(refuse)
