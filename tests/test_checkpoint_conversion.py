@@ -203,7 +203,7 @@ def test_the_fingerprint_changes_with_the_bytes_and_with_the_version(tmp_path, m
 def test_the_default_models_files_are_those_of_this_version(default_model):
     """When this fails because the converter changed on purpose: raise `conversion.VERSION`, and record the new hashes here."""
     hashes = {}
-    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in DEFAULT_HASHES:
         with (default_model / name).open("rb") as file:
             hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     assert (conversion.VERSION, hashes) == (1, DEFAULT_HASHES)

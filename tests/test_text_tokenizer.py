@@ -53,7 +53,7 @@ def test_ids_and_chat_are_those_of_transformers(tokenizer, default_model):
         assert theirs(row["text"])["input_ids"] == row["ids"]
     for messages in (
         [{"role": "user", "content": "What is the capital of France?"}],
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello 👋"}],
+        [{"role": role, "content": f"{role} 👋 12"} for role in ("system", "user", "assistant", "user")],
     ):
         for prompt in (True, False):
             want = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)["input_ids"]

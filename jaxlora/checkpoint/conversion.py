@@ -1,7 +1,7 @@
 """Turns a Llama GGUF file into an ordinary Hugging Face folder, in float32.
 
-Knows GGUF's names of tensors and metadata (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) and what llama.cpp changes when
-it writes such a file. Reads one architecture and one tokenizer, those of SmolLM2, and refuses others by name.
+Knows GGUF's names of tensors and metadata (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) and what llama.cpp
+changes when it writes such a file. Reads one architecture and one tokenizer, those of SmolLM2, and refuses others by name.
 """
 
 import hashlib
@@ -9,14 +9,16 @@ import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy as np
 
 from jaxlora.checkpoint import gguf_tokenizer, safetensors_stream
 from jaxlora.checkpoint.folder import WEIGHTS
 from jaxlora.errors import SetupError
+
+if TYPE_CHECKING:
+    import gguf
 
 # Goes up whenever the folder that `convert` writes changes, so that an older one in a cache is not taken for it.
 VERSION = 1
@@ -56,6 +58,9 @@ def convert(source: pathlib.Path, folder: pathlib.Path, progress: Callable[[str]
     Raises:
         SetupError: the file's architecture or tokenizer is another one, or a tensor is unknown.
     """
+    # Here, because only the first start on a machine needs it.
+    import gguf
+
     progress(f"reading {source.name}")
     reader = gguf.GGUFReader(source)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
@@ -94,7 +99,8 @@ def undo_permutation(weight: np.ndarray, num_heads: int) -> np.ndarray:
     """Rows of a query or key projection in Hugging Face's order.
 
     Within each head, llama.cpp rotates neighbouring rows (2i, 2i+1) where Hugging Face rotates row i with row i + head_dim/2. Its
-    converter therefore interleaves the two halves of each head (`LlamaModel.permute` in convert_hf_to_gguf.py); this is the inverse.
+    converter therefore interleaves the two halves of each head (`LlamaModel.permute` in convert_hf_to_gguf.py); this is the
+    inverse.
 
     Arguments:
         weight: [num_heads * head_dim, hidden_size] as llama.cpp stores it.
@@ -141,13 +147,15 @@ def _as_written(value: float) -> float:
 
 
 def _tensors(
-    reader: gguf.GGUFReader, names: dict[str, str], config: dict[str, Any], progress: Callable[[str], None]
+    reader: "gguf.GGUFReader", names: dict[str, str], config: dict[str, Any], progress: Callable[[str], None]
 ) -> Iterator[tuple[str, np.ndarray]]:
+    from gguf.quants import dequantize
+
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     total, done, shown = sum(int(tensor.n_elements) for tensor in reader.tensors), 0, 0
     for tensor in reader.tensors:
         name = names[tensor.name]
-        weight = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        weight = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
         projection = name.split(".")[-2]
         yield name, undo_permutation(weight, heads[projection]) if projection in heads else weight
         done += int(tensor.n_elements)

@@ -1,7 +1,8 @@
 """A Hugging Face tokenizer from a GGUF file's metadata.
 
-A GGUF file holds the vocabulary, the merges, each token's type and the chat template, but only the *name* of its pre-tokenizer; what
-stands behind a name is llama.cpp's source (`llm_tokenizer_bpe` in src/llama-vocab.cpp). Knows the one named `smollm`.
+A GGUF file holds the vocabulary, the merges, each token's type and the chat template, but only the *name* of its
+pre-tokenizer; what stands behind a name is llama.cpp's source (`llm_tokenizer_bpe` in src/llama-vocab.cpp). Knows the one
+named `smollm`.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ def build(metadata: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any], dict[str
     """
     kind = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
-        raise SetupError(f"the GGUF file's tokenizer is {kind[0]!r} with pre-tokenizer {kind[1]!r}; known is 'gpt2' with 'smollm'")
+        raise SetupError(f"the file's tokenizer is {kind[0]!r} with pre-tokenizer {kind[1]!r}; known is 'gpt2' with 'smollm'")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types: list[int] = metadata["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]

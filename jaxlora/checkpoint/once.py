@@ -1,8 +1,8 @@
 """Builds a folder once, however many processes ask for it and wherever they are interrupted.
 
-A folder under its final name is whole: it is built beside it under a temporary name, flushed to disk, then renamed. One lock for all
-folders of a parent makes others wait instead of building the same again; the operating system releases the lock of a process that
-dies, so whoever holds it may remove every temporary folder that was left behind.
+A folder under its final name is whole: it is built beside it under a temporary name, flushed to disk, then renamed. One lock
+for all folders of a parent makes others wait instead of building the same again; the operating system releases the lock of a
+process that dies, so whoever holds it may remove every temporary folder that was left behind.
 """
 
 import contextlib

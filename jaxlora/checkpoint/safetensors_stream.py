@@ -1,7 +1,7 @@
 """Writes a safetensors file tensor by tensor, so that a checkpoint never has to be in memory as a whole.
 
-The library's own writer wants every tensor at once. Format: https://huggingface.co/docs/safetensors (8 bytes of header length, little
-endian; a JSON header padded with spaces to a multiple of 8; the tensors' bytes one after the other).
+The library's own writer wants every tensor at once. Format: https://huggingface.co/docs/safetensors (8 bytes of header
+length, little endian; a JSON header padded with spaces to a multiple of 8; the tensors' bytes one after the other).
 """
 
 import json

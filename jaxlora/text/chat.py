@@ -1,8 +1,8 @@
 """Chat messages: checked, then rendered to a prompt by the checkpoint's own template.
 
-A template is a Jinja program that came with a checkpoint. It runs in the sandbox, and with the names and filters, that Transformers
-gives it (`transformers.utils.chat_template_utils`), so that the same template gives the same prompt. Transformers itself is not
-imported, for that takes a second.
+A template is a Jinja program that came with a checkpoint. It runs in the sandbox, and with the names and filters, that
+Transformers gives it (`transformers.utils.chat_template_utils`), so that the same template gives the same prompt.
+Transformers itself is not imported, for that takes a second.
 """
 
 import datetime

@@ -8,9 +8,9 @@ from jaxlora.text.tokenizer import Tokenizer
 class Detokenizer:
     """The text of one answer, token by token, in constant time for each.
 
-    What `push` returned so far, followed by `flush`, is exactly `tokenizer.decode` of all pushed ids. With a prompt it is what the
-    answer adds to the prompt's text, so a leading space stays. Only text that no later token can change is returned: the bytes of a
-    character that is not complete are held back.
+    What `push` returned so far, followed by `flush`, is exactly `tokenizer.decode` of all pushed ids. With a prompt it is
+    what the answer adds to the prompt's text, so a leading space stays. Only text that no later token can change is returned:
+    the bytes of a character that is not complete are held back.
 
     Arguments:
         tokenizer: the base model's.

@@ -5,8 +5,8 @@ state between tokens; the decoders' source is `tokenizers/src/decoders/` and `pr
 https://github.com/huggingface/tokenizers. A decoder of another kind is refused by name when the tokenizer is loaded.
 
 Byte level (GPT-2, Llama 3, Qwen, SmolLM): every token is a string of bytes; the bytes of all tokens together are UTF-8.
-Pieces (SentencePiece: Llama 2, Mistral): a token is text, or one byte `<0xE2>`. The bytes that stand in a row are text if together they
-are UTF-8, else each is U+FFFD: so none of them is certain before the row ends.
+Pieces (SentencePiece: Llama 2, Mistral): a token is text, or one byte `<0xE2>`. The bytes that stand in a row are text if
+together they are UTF-8, else each is U+FFFD: so none of them is certain before the row ends.
 """
 
 import codecs

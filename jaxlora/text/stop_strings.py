@@ -7,9 +7,9 @@ from collections.abc import Sequence
 class StopStrings:
     """Lets text through up to the first stop string, and holds back what could be the beginning of one.
 
-    The first stop string is the one that ends first; of several that end at the same character, the longest. So the result does not
-    depend on how the text was cut into pushes. An Aho-Corasick automaton over the stop strings: time is linear in the text, however
-    many and however repetitive they are.
+    The first stop string is the one that ends first; of several that end at the same character, the longest. So the result
+    does not depend on how the text was cut into pushes. An Aho-Corasick automaton over the stop strings: time is linear in
+    the text, however many and however repetitive they are.
 
     Arguments:
         stops: none of them empty; none at all lets everything through.
@@ -27,7 +27,8 @@ class StopStrings:
         self.matched: str | None = None
         self._held = ""
         self._node = 0
-        # For each node: where a character leads, the node of its longest proper suffix, its length, the longest stop ending there.
+        # For each node: where a character leads, the node of its longest proper suffix, its length, the longest stop that ends
+        # there.
         self._next: list[dict[str, int]] = [{}]
         self._suffix: list[int] = [0]
         self._depth: list[int] = [0]
@@ -40,8 +41,8 @@ class StopStrings:
         """Takes the next piece of text.
 
         Returns:
-            (emit, stopped): text that certainly belongs to the answer, and whether a stop string was found; then `emit` ends where it
-            began, and the text after it is dropped. After a stop nothing more comes out.
+            (emit, stopped): text that certainly belongs to the answer, and whether a stop string was found; then `emit` ends
+            where it began, and the text after it is dropped. After a stop nothing more comes out.
         """
         if self.matched is not None:
             return "", True

@@ -1,7 +1,7 @@
 """The tokenizer of a base model, from the files of its Hugging Face folder.
 
-Reads tokenizer.json through the `tokenizers` library directly: importing Transformers for it would add a second to the start of every
-process.
+Reads tokenizer.json through the `tokenizers` library directly: importing Transformers for it would add a second to the start
+of every process.
 """
 
 import json
@@ -22,9 +22,11 @@ class Tokenizer:
     """Text to token ids and back. Immutable, and safe to use from several threads.
 
     Attributes:
-        vocab_size: number of ids that the tokenizer knows. A model's vocabulary may be padded beyond it; such ids decode to nothing.
+        vocab_size: number of ids that the tokenizer knows. A model's vocabulary may be padded beyond it; such ids decode to
+            nothing.
         special_tokens: text of the tokens that have a role, by role: `bos_token`, `eos_token`, ...
-        eos_token_ids: the tokenizer's own end of text, at most one. A model can stop on others too, see `ModelConfig.eos_token_ids`.
+        eos_token_ids: the tokenizer's own end of text, at most one. A model can stop on others too, see
+            `ModelConfig.eos_token_ids`.
         pieces: how each id reads, for `Detokenizer`.
     """
 
@@ -49,7 +51,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path) -> "Tokenizer":
-        """Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja; only the first must be there.
+        """Reads tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
 
         Raises:
             SetupError: a file is missing, can't be read, or holds something that this class can't honour.

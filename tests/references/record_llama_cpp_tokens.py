@@ -105,12 +105,13 @@ CODE = [
 ]
 
 WHITE_SPACE = [
-    " ", "  ", "   ", "    ", "     ", " " * 8, " " * 16, " " * 17, " " * 31, " " * 64, " " * 100,
-    "\t", "\t\t", "\t\t\t\t", "\n", "\n\n", "\n\n\n", "\n\n\n\n\n", "\r", "\r\n", "\r\n\r\n", " \n", "\n ", " \n ", "\t\n\t", " \t ",
-    "a\nb", "a\n\nb", "a\n\n\nb", "a \nb", "a\n b", "a \n b", "a  \n  b", "a\tb", "a\t\tb", "a \t b", "a\r\nb", "a\r\n\r\nb",
-    "a\n  \n  b", "\n\n  a", "  \n\n a  ", "a   ", "   a", "a\n", "\na", "a\n\n", "a \n", "x\u00a0y", "x\u2003y", "x\u3000y",
-    "x\u200by", "\u00a0", "\u00a0\u00a0", "x\u2028y\u2029z", "x\x0by\x0cz", "\x00", "a\x00b", "\x01\x02\x1f\x7f", "\ufeffbom", "x\x85y",
-    "trailing space ", "trailing spaces   ", "5 ", "hello  world", "hello   world", "hello \t\n world", " hello", "  hello", "   hello", "1  2", "1   2", "!  !", "!   !", ".\n\n.",
+    " ", "  ", "   ", "    ", "     ", " " * 8, " " * 16, " " * 17, " " * 31, " " * 64, " " * 100, "\t", "\t\t", "\t\t\t\t",
+    "\n", "\n\n", "\n\n\n", "\n\n\n\n\n", "\r", "\r\n", "\r\n\r\n", " \n", "\n ", " \n ", "\t\n\t", " \t ", "a\nb", "a\n\nb",
+    "a\n\n\nb", "a \nb", "a\n b", "a \n b", "a  \n  b", "a\tb", "a\t\tb", "a \t b", "a\r\nb", "a\r\n\r\nb", "a\n  \n  b",
+    "\n\n  a", "  \n\n a  ", "a   ", "   a", "a\n", "\na", "a\n\n", "a \n", "x\u00a0y", "x\u2003y", "x\u3000y", "x\u200by",
+    "\u00a0", "\u00a0\u00a0", "x\u2028y\u2029z", "x\x0by\x0cz", "\x00", "a\x00b", "\x01\x02\x1f\x7f", "\ufeffbom", "x\x85y",
+    "trailing space ", "trailing spaces   ", "5 ", "hello  world", "hello   world", "hello \t\n world", " hello", "  hello",
+    "   hello", "1  2", "1   2", "!  !", "!   !", ".\n\n.",
 ]  # fmt: skip
 
 SCRIPTS = """\
@@ -195,11 +196,11 @@ a😀b
 """.split("\n")[:-1]
 
 SPECIAL = [
-    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
-    "a<|im_end|>b", "a <|im_end|> b", "<|im_end|><|im_end|>", "<|im_start |>", "<|im_start|", "|im_end|>", "<im_end>", "<|IM_END|>",
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "a<|im_end|>b",
+    "a <|im_end|> b", "<|im_end|><|im_end|>", "<|im_start |>", "<|im_start|", "|im_end|>", "<im_end>", "<|IM_END|>",
     "<repo_name>x<file_sep>y<filename>z", "<reponame>a/b<gh_stars>100-1000", "<issue_start>t<issue_comment>u<issue_closed>",
-    "<jupyter_start><jupyter_text>m<jupyter_code>1+1<jupyter_output>2<jupyter_script>s<empty_output>",
-    "<file_sep", "<|endoftext|> <|endoftext|>", "<|endoftext|>\n\n<|endoftext|>", "<s></s><unk><pad>", "[INST] x [/INST]",
+    "<jupyter_start><jupyter_text>m<jupyter_code>1+1<jupyter_output>2<jupyter_script>s<empty_output>", "<file_sep",
+    "<|endoftext|> <|endoftext|>", "<|endoftext|>\n\n<|endoftext|>", "<s></s><unk><pad>", "[INST] x [/INST]",
     "<|endoftext|>1 2", "12<|im_end|>34", "  <|im_end|>  ", "\n<|im_end|>\n",
 ]  # fmt: skip
 
