@@ -80,7 +80,8 @@ def _from_hub(model: str, progress: Progress) -> pathlib.Path:
         folder = huggingface_hub.snapshot_download(
             model,
             allow_patterns=["*.json", "*.jinja", "*.safetensors"],
-            ignore_patterns=["*/*"],
+            # Folders and `consolidated` files hold the same weights again, in other formats.
+            ignore_patterns=["*/*", "consolidated*"],
             etag_timeout=_HUB_TIMEOUT_S,
         )
     # The hub's client raises errors of its own, of its HTTP library and of the operating system.
