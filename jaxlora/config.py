@@ -15,6 +15,15 @@ SUPPORTED = {
     "Qwen3ForCausalLM": "qwen3",
 }
 OUTPUT_LAYER = "lm_head"
+_PATHS = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,20 +88,25 @@ class ModelConfig:
     def linears(self) -> tuple[Linear, ...]:
         """The linear layers of every decoder layer, in the order of computation."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return (
-            Linear("q_proj", "self_attn.q_proj", self.hidden_size, q),
-            Linear("k_proj", "self_attn.k_proj", self.hidden_size, kv),
-            Linear("v_proj", "self_attn.v_proj", self.hidden_size, kv),
-            Linear("o_proj", "self_attn.o_proj", q, self.hidden_size),
-            Linear("gate_proj", "mlp.gate_proj", self.hidden_size, self.intermediate_size),
-            Linear("up_proj", "mlp.up_proj", self.hidden_size, self.intermediate_size),
-            Linear("down_proj", "mlp.down_proj", self.intermediate_size, self.hidden_size),
-        )
+        sizes = {
+            "q_proj": (self.hidden_size, q),
+            "k_proj": (self.hidden_size, kv),
+            "v_proj": (self.hidden_size, kv),
+            "o_proj": (q, self.hidden_size),
+            "gate_proj": (self.hidden_size, self.intermediate_size),
+            "up_proj": (self.hidden_size, self.intermediate_size),
+            "down_proj": (self.intermediate_size, self.hidden_size),
+        }
+        return tuple(Linear(name, _PATHS[name], *size) for name, size in sizes.items())
+
+    def module_path(self, layer: int | None, name: str) -> str:
+        """The Hugging Face path of a linear layer, for example `model.layers.3.self_attn.q_proj`; `layer` is None for `lm_head`."""
+        return OUTPUT_LAYER if layer is None else f"model.layers.{layer}.{_PATHS[name]}"
 
     def linear_paths(self) -> dict[str, LinearAt]:
         """Every linear layer by its Hugging Face module path, the output layer included."""
         paths = {
-            f"model.layers.{layer}.{linear.path}": LinearAt(layer, linear.name, linear.in_features, linear.out_features)
+            self.module_path(layer, linear.name): LinearAt(layer, linear.name, linear.in_features, linear.out_features)
             for layer in range(self.num_layers)
             for linear in self.linears
         }

@@ -15,8 +15,14 @@ from jaxlora.weights import Weights
 
 # attend(layer, q [B,T,H,C], k [B,T,K,C], v [B,T,K,C]) -> [B,T,H,C]; the rotation has been applied.
 Attend = Callable[[int, Array, Array, Array], Array]
-# adapt(module path, x [B,T,in], y [B,T,out]) -> y with the LoRA update of that module added.
+# linears(layer or None for the output layer, names of linear layers that share x, x [..., in]) -> one [..., out] for each name,
+# adapters included.
+Linears = Callable[[int | None, tuple[str, ...], Array], tuple[Array, ...]]
+# adapt(module path, x [..., in], y [..., out]) -> y with the LoRA update of that module added.
 Adapt = Callable[[str, Array, Array], Array]
+
+QKV = ("q_proj", "k_proj", "v_proj")
+GATE_UP = ("gate_proj", "up_proj")
 
 
 def no_adapter(path: str, x: Array, y: Array) -> Array:
@@ -24,37 +30,43 @@ def no_adapter(path: str, x: Array, y: Array) -> Array:
     return y
 
 
-def forward(config: ModelConfig, weights: Weights, tokens: Array, positions: Array, attend: Attend, adapt: Adapt = no_adapter) -> Array:
+def plain_linears(config: ModelConfig, weights: Weights, adapt: Adapt = no_adapter) -> Linears:
+    """One product for each linear layer, with `adapt` applied to it."""
+
+    def linears(layer: int | None, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:
+        if layer is None:
+            return (adapt(OUTPUT_LAYER, x, weights.head(x)),)
+        return tuple(adapt(config.module_path(layer, name), x, weights.layers[layer].linears[name](x)) for name in names)
+
+    return linears
+
+
+def forward(config: ModelConfig, weights: Weights, tokens: Array, positions: Array, attend: Attend, linears: Linears) -> Array:
     """Hidden states after the final norm, `[B, T, D]`, for `tokens` and `positions` int32 `[B, T]`.
 
     The layers are unrolled: a scan over stacked weights would copy them at every step on CPUs.
     """
     batch, length = tokens.shape
-    x = weights.embed[tokens]
+    x = weights.embed[tokens].astype(weights.final_norm.dtype)
     cos, sin = rotation(config.rope, config.head_dim, positions)
     for index, layer in enumerate(weights.layers):
-        paths = {linear.name: f"model.layers.{index}.{linear.path}" for linear in config.linears}
-
-        def linear(name: str, x: Array) -> Array:
-            return adapt(paths[name], x, layer.linears[name](x))
-
         h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        q = linear("q_proj", h).reshape(batch, length, config.num_heads, config.head_dim)
-        k = linear("k_proj", h).reshape(batch, length, config.num_kv_heads, config.head_dim)
-        v = linear("v_proj", h).reshape(batch, length, config.num_kv_heads, config.head_dim)
+        q, k, v = (y.reshape(batch, length, -1, config.head_dim) for y in linears(index, QKV, h))
         if config.qk_norm:
             q = rms_norm(q, layer.q_norm, config.rms_norm_eps)
             k = rms_norm(k, layer.k_norm, config.rms_norm_eps)
         attended = attend(index, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        x = x + linear("o_proj", attended.reshape(batch, length, -1))
-        h = rms_norm(x, layer.post_norm, config.rms_norm_eps)
-        x = x + linear("down_proj", jax.nn.silu(linear("gate_proj", h)) * linear("up_proj", h))
+        (attended,) = linears(index, ("o_proj",), attended.astype(x.dtype).reshape(batch, length, -1))
+        x = x + attended
+        gate, up = linears(index, GATE_UP, rms_norm(x, layer.post_norm, config.rms_norm_eps))
+        (down,) = linears(index, ("down_proj",), jax.nn.silu(gate) * up)
+        x = x + down
     return rms_norm(x, weights.final_norm, config.rms_norm_eps)
 
 
-def project(weights: Weights, hidden: Array, adapt: Adapt = no_adapter) -> Array:
+def project(linears: Linears, hidden: Array) -> Array:
     """Logits in float32, `[..., V]`, from hidden states `[..., D]`."""
-    return adapt(OUTPUT_LAYER, hidden, weights.head(hidden)).astype(jnp.float32)
+    return linears(None, (OUTPUT_LAYER,), hidden)[0].astype(jnp.float32)
 
 
 def logits(config: ModelConfig, weights: Weights, tokens: Array, lora: Adapt | None = None, segments: Array | None = None) -> Array:
@@ -66,7 +78,7 @@ def logits(config: ModelConfig, weights: Weights, tokens: Array, lora: Adapt | N
         segments: int32 `[B, T]`, the number of the packed example that a token belongs to; positions restart with each. None: one
             example a row.
     """
-    adapt = lora or no_adapter
+    linears = plain_linears(config, weights, lora or no_adapter)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if segments is not None:
         starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
@@ -75,7 +87,7 @@ def logits(config: ModelConfig, weights: Weights, tokens: Array, lora: Adapt | N
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
         return attend_whole(q, k, v, window=config.windows[layer], segments=segments)
 
-    return project(weights, forward(config, weights, tokens, positions, attend, adapt), adapt)
+    return project(linears, forward(config, weights, tokens, positions, attend, linears))
 
 
 def attend_whole(q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:

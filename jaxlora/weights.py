@@ -6,6 +6,7 @@ Knows where a tensor of a checkpoint goes; knows nothing of the forward pass.
 import json
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,28 +34,50 @@ class Dense:
 
 @struct.dataclass
 class Layer:
-    """One decoder layer. `linears` holds a callable linear layer for each name of `ModelConfig.linears`."""
+    """One decoder layer. `linears` holds a callable for each group of linear layers that are packed together, by their joined names."""
 
     input_norm: Array
     post_norm: Array
-    linears: dict[str, Dense]
+    linears: dict[str, Any]
     q_norm: Array | None = None
     k_norm: Array | None = None
 
 
 @struct.dataclass
 class Weights:
-    """A whole model: `embed` is `[vocab, hidden]`, `head` maps hidden states to logits (a transposed copy of `embed` where tied)."""
+    """A whole model: `embed` is `[vocab, hidden]`, `head` maps hidden states to logits (a transposed copy of `embed` where tied).
+
+    The activations have the type of the norms, which differs from that of the other weights where kernels widen those as they read.
+    """
 
     embed: Array
     layers: tuple[Layer, ...]
     final_norm: Array
-    head: Dense
+    head: Any
 
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The type of the activations."""
-        return self.embed.dtype
+
+class Packing(Protocol):
+    """How linear layers lie in memory. `groups` names the layers of a decoder layer that are packed together, as they share their input."""
+
+    groups: tuple[tuple[str, ...], ...]
+
+    def dense(self, kernels: list[Array], biases: list[Array | None]) -> Any:
+        """One layer from the kernels `[in, out]` and biases of a group."""
+
+    def activations(self, dtype: jnp.dtype) -> jnp.dtype:
+        """The type of activations and norms for weights of that type."""
+
+
+class PlainPacking:
+    """Each linear layer on its own, activations in the type of the weights."""
+
+    groups = (("q_proj",), ("k_proj",), ("v_proj",), ("o_proj",), ("gate_proj",), ("up_proj",), ("down_proj",))
+
+    def dense(self, kernels: list[Array], biases: list[Array | None]) -> Dense:
+        return Dense(kernels[0], biases[0])
+
+    def activations(self, dtype: jnp.dtype) -> jnp.dtype:
+        return dtype
 
 
 def tensor_table(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -94,6 +117,7 @@ def load(
     config: ModelConfig,
     dtype: str = "float32",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    packing: "Packing | None" = None,
 ) -> Weights:
     """Reads a checkpoint (one file or sharded with an index) tensor by tensor, straight to the default device.
 
@@ -101,6 +125,7 @@ def load(
         folder: Hugging Face folder with `model.safetensors` or `model.safetensors.index.json`.
         dtype: `float32` or `bfloat16`, of the weights on the device.
         progress: called with (tensors read, tensors in all).
+        packing: how linear layers are laid out; by default each on its own, as XLA and training want them.
 
     Raises:
         SetupError: names every tensor that is missing, of a wrong shape or of a type that is not floating point.
@@ -123,7 +148,7 @@ def load(
         problems.append(f"the checkpoint lacks {len(missing)} tensors: {shown}{' ...' if len(missing) > 8 else ''}")
     if problems:
         raise SetupError("\n".join(problems))
-    return _assemble(config, tensors)
+    return _assemble(config, tensors, packing or PlainPacking())
 
 
 def _tensors(folder: pathlib.Path, wanted: set[str], problems: list[str]) -> Iterator[tuple[str, Array]]:
@@ -151,23 +176,26 @@ def _place(tensor: Array, *, dtype: str, transpose: bool) -> Array:
     return (tensor.T if transpose else tensor).astype(dtype)
 
 
-def _assemble(config: ModelConfig, tensors: dict[str, Array]) -> Weights:
-    embed = tensors["model.embed_tokens.weight"]
-    layers = []
-    for index in range(config.num_layers):
-        prefix = f"model.layers.{index}"
-        linears = {
-            linear.name: Dense(tensors[f"{prefix}.{linear.path}.weight"], tensors.get(f"{prefix}.{linear.path}.bias"))
-            for linear in config.linears
-        }
-        layers.append(
-            Layer(
-                input_norm=tensors[f"{prefix}.input_layernorm.weight"],
-                post_norm=tensors[f"{prefix}.post_attention_layernorm.weight"],
-                linears=linears,
-                q_norm=tensors.get(f"{prefix}.self_attn.q_norm.weight"),
-                k_norm=tensors.get(f"{prefix}.self_attn.k_norm.weight"),
-            )
+def _assemble(config: ModelConfig, tensors: dict[str, Array], packing: Packing) -> Weights:
+    # Tensors leave `tensors` as they are packed, so that a packed and an unpacked model never lie in memory together.
+    def dense(layer: int | None, names: tuple[str, ...]) -> Any:
+        paths = [config.module_path(layer, name) for name in names]
+        return packing.dense([tensors.pop(f"{path}.weight") for path in paths], [tensors.pop(f"{path}.bias", None) for path in paths])
+
+    def norm(name: str) -> Array | None:
+        tensor = tensors.pop(f"{name}.weight", None)
+        return None if tensor is None else tensor.astype(packing.activations(tensor.dtype))
+
+    layers = tuple(
+        Layer(
+            input_norm=norm(f"model.layers.{index}.input_layernorm"),
+            post_norm=norm(f"model.layers.{index}.post_attention_layernorm"),
+            linears={"+".join(names): dense(index, names) for names in packing.groups},
+            q_norm=norm(f"model.layers.{index}.self_attn.q_norm"),
+            k_norm=norm(f"model.layers.{index}.self_attn.k_norm"),
         )
-    head = embed.T if config.tied else tensors[f"{OUTPUT_LAYER}.weight"]
-    return Weights(embed, tuple(layers), tensors["model.norm.weight"], Dense(jnp.copy(head)))
+        for index in range(config.num_layers)
+    )
+    embed = tensors.pop("model.embed_tokens.weight")
+    head = packing.dense([embed.T], [None]) if config.tied else dense(None, (OUTPUT_LAYER,))
+    return Weights(embed, layers, norm("model.norm"), head)

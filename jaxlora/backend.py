@@ -1,0 +1,144 @@
+"""How a step computes its products, its attention and its adapters: plain XLA everywhere, hand-written kernels on CPUs.
+
+Both give the same answers within rounding, and each gives a row the same bits in any batch. Knows no requests and no adapter names.
+"""
+
+import dataclasses
+import pathlib
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from jaxlora import kv_cache, lora, native
+from jaxlora.config import OUTPUT_LAYER, ModelConfig
+from jaxlora.kv_cache import Rows
+from jaxlora.lora import Bank, BankLayout
+from jaxlora.model import GATE_UP, QKV, Linears, plain_linears
+from jaxlora.weights import Packing, PlainPacking, Weights
+
+
+class Backend(Protocol):
+    """The parts of a step that differ between machines."""
+
+    packing: Packing
+    name: str
+
+    def batch_sizes(self, slots: int) -> tuple[int, ...]:
+        """The numbers of rows that a decode step may have, ascending; the last is `slots`."""
+
+    def linears(self, config: ModelConfig, weights: Weights, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
+        """The model's linear layers with the adapter of bank slot `row_slots[b]` (int32 `[B]`, -1: none) applied to row b."""
+
+    def attend(
+        self, q: Array, k: Array, v: Array, k_cache: Array, v_cache: Array, rows: Rows, window: int
+    ) -> tuple[Array, Array, Array]:
+        """Stores k and v `[B, T, K, C]` in the caches, attends q `[B, T, H, C]`; returns the result and the caches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class XlaBackend:
+    """Plain JAX. One batch size, since XLA may add up in another order for another shape."""
+
+    packing = PlainPacking()
+    name = "xla"
+
+    def batch_sizes(self, slots: int) -> tuple[int, ...]:
+        return (slots,)
+
+    def linears(self, config: ModelConfig, weights: Weights, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
+        return plain_linears(config, weights, lora.adapt_rows(layout, bank, row_slots))
+
+    def attend(
+        self, q: Array, k: Array, v: Array, k_cache: Array, v_cache: Array, rows: Rows, window: int
+    ) -> tuple[Array, Array, Array]:
+        k_cache, v_cache = kv_cache.write(k_cache, k, rows), kv_cache.write(v_cache, v, rows)
+        return kv_cache.attend(q, k_cache, v_cache, rows, window), k_cache, v_cache
+
+
+@struct.dataclass
+class PackedDense:
+    """Linear layers that share their input, packed side by side; `bias` is float32 `[out]` or None."""
+
+    packed: native.Packed
+    bias: Array | None
+
+    def __call__(self, x: Array) -> Array:
+        """float32 `[..., in] -> [..., out]`."""
+        y = native.Kernels.linear(x, self.packed)
+        return y if self.bias is None else y + self.bias
+
+
+class NativePacking:
+    """What the kernels read: query, key and value in one product, gate and up in another; activations are float32."""
+
+    groups = (QKV, ("o_proj",), GATE_UP, ("down_proj",))
+
+    def dense(self, kernels: list[Array], biases: list[Array | None]) -> PackedDense:
+        bias = None
+        if any(bias is not None for bias in biases):
+            parts = [jnp.zeros(kernel.shape[1]) if b is None else b.astype(jnp.float32) for kernel, b in zip(kernels, biases)]
+            bias = jnp.concatenate(parts)
+        return PackedDense(native.pack_linear(jnp.concatenate(kernels, axis=1) if len(kernels) > 1 else kernels[0]), bias)
+
+    def activations(self, dtype: jnp.dtype) -> jnp.dtype:
+        return jnp.dtype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeBackend:
+    """`jaxlora.native` on CPUs. Its kernels give a row the same bits whatever the number of rows, so batches may be of any size."""
+
+    kernels: native.Kernels
+    packing = NativePacking()
+
+    @property
+    def name(self) -> str:
+        return f"native {self.kernels.isa}"
+
+    def batch_sizes(self, slots: int) -> tuple[int, ...]:
+        sizes = [1]
+        while sizes[-1] * 2 < slots:
+            sizes.append(sizes[-1] * 2)
+        return (*sizes, slots) if slots > 1 else (1,)
+
+    def linears(self, config: ModelConfig, weights: Weights, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
+        def linears(layer: int | None, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:
+            dense = weights.head if layer is None else weights.layers[layer].linears["+".join(names)]
+            rows = x.reshape(-1, x.shape[-1])
+            y = dense(rows)
+            modules, widths = [], []
+            for name in names:
+                span = layout.by_path.get(config.module_path(layer, name))
+                width = config.vocab_size if name == OUTPUT_LAYER else span.out_features
+                if span is not None:
+                    modules.append(native.LoraModule(span.a_offset, span.b_offset, sum(widths), width))
+                widths.append(width)
+            if modules:
+                slots = jnp.repeat(row_slots, rows.shape[0] // row_slots.shape[0])
+                y = native.Kernels.lora(y, rows, bank.data, slots, bank.ranks, modules=tuple(modules), max_rank=layout.max_rank)
+            y = y.reshape(*x.shape[:-1], -1)
+            ends = [sum(widths[: index + 1]) for index in range(len(widths) - 1)]
+            return tuple(jnp.split(y, ends, axis=-1))
+
+        return linears
+
+    def attend(
+        self, q: Array, k: Array, v: Array, k_cache: Array, v_cache: Array, rows: Rows, window: int
+    ) -> tuple[Array, Array, Array]:
+        return native.Kernels.attention(
+            q, k, v, k_cache, v_cache, rows.starts, rows.lengths, rows.slots, scale=q.shape[-1] ** -0.5, window=window
+        )
+
+
+def choose(build_dir: pathlib.Path) -> tuple[Backend, str]:
+    """The backend for this machine, and a line that says which and why."""
+    platform = jax.default_backend()
+    if platform != "cpu":
+        return XlaBackend(), f"XLA on {platform}"
+    kernels = native.load(build_dir)
+    if isinstance(kernels, str):
+        return XlaBackend(), f"XLA on the CPU, without native kernels: {kernels}"
+    return NativeBackend(kernels), f"native kernels ({kernels.isa}, {kernels.threads} threads)"

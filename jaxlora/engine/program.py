@@ -1,0 +1,145 @@
+"""The compiled steps, and the device state that they update in place: KV cache, adapter bank, token history.
+
+Every shape is fixed when a `Program` is made; `warm_up` compiles them all, and nothing compiles after it. Knows slots, not requests.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from jaxlora import lora
+from jaxlora.backend import Backend
+from jaxlora.config import ModelConfig
+from jaxlora.engine import sampling
+from jaxlora.engine.requests import MAX_BANNED
+from jaxlora.engine.sampling import History, Sampled, SamplerRows
+from jaxlora.kv_cache import KVCache, Rows
+from jaxlora.lora import Bank, BankLayout
+from jaxlora.model import forward, project
+from jaxlora.weights import Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The bounds that fix every shape: serving slots, tokens of a sequence, tokens of a prefill step, adapters on the device, ranks."""
+
+    slots: int
+    max_seq_len: int
+    prefill_chunk: int
+    lora_slots: int
+    max_lora_rank: int
+    output_layer: bool = False
+
+
+@struct.dataclass
+class State:
+    """What a step reads and replaces."""
+
+    cache: KVCache
+    history: History
+
+
+@dataclasses.dataclass
+class Batch:
+    """The rows of one step, on the host. `tokens` int32 `[B, T]`; `slots`, `starts`, `lengths`, `adapters` int32 `[B]`; `emit` bool
+    `[B]` says which rows take the sampled token into their history."""
+
+    tokens: np.ndarray
+    slots: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    adapters: np.ndarray
+    emit: np.ndarray
+    sampler: SamplerRows
+
+
+class Program:
+    """One model on one device, with its state. Not thread-safe: one thread calls it."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, backend: Backend, sizes: Sizes, dtype: str = "float32"):
+        self.config, self.sizes, self.backend = config, sizes, backend
+        self.layout = BankLayout.of(config, sizes.max_lora_rank, sizes.output_layer)
+        self.bank = Bank.empty(self.layout, sizes.lora_slots, dtype)
+        self._weights = weights
+        self._state = State(
+            KVCache.empty(config, sizes.slots, sizes.max_seq_len, sizes.prefill_chunk, dtype), History.empty(sizes.slots, config.vocab_size)
+        )
+        self._step = jax.jit(self._trace, donate_argnames="state", static_argnames="every_slot")
+        self.batch_sizes = backend.batch_sizes(sizes.slots)
+
+    def run(self, batch: Batch) -> Sampled:
+        """One step: reads the rows' tokens, stores their keys and values, and samples a next token for every row. Waits for the result."""
+        every_slot = batch.tokens.shape == (self.sizes.slots, 1)
+        self._state, sampled = self._step(
+            self._weights, self.bank, self._state, batch.tokens, batch.slots, batch.starts, batch.lengths, batch.adapters, batch.emit,
+            batch.sampler, every_slot=every_slot and len(self.batch_sizes) == 1,
+        )
+        return jax.device_get(sampled)
+
+    def put_adapter(self, slot: int, vector: np.ndarray, rank: int) -> None:
+        """Places an adapter, packed by `layout`, into a slot of the bank."""
+        self.bank = lora.put(self.bank, np.int32(slot), vector, np.int32(rank))
+
+    def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
+        """Compiles every step. Rows are idle, so the state stays empty."""
+        shapes = [(1, self.sizes.prefill_chunk), *((rows, 1) for rows in self.batch_sizes)]
+        for index, (rows, length) in enumerate(shapes):
+            progress(f"compiling {'prefill' if length > 1 else f'decode x {rows}'} ({index + 1}/{len(shapes)})")
+            self.run(idle_batch(rows, length, self.config.vocab_size))
+        self.put_adapter(0, np.zeros(self.layout.size, np.float32), 0)
+        jax.block_until_ready(self.bank)
+
+    def compiled(self) -> int:
+        """How many programs have been compiled; constant after `warm_up`."""
+        return self._step._cache_size() + lora.put._cache_size()
+
+    def _trace(
+        self, weights: Weights, bank: Bank, state: State, tokens: Array, slots: Array, starts: Array, lengths: Array, adapters: Array,
+        emit: Array, sampler: SamplerRows, *, every_slot: bool,
+    ) -> tuple[State, Sampled]:
+        config, length = self.config, tokens.shape[1]
+        rows = Rows(slots, starts, lengths, every_slot)
+        keys, values = list(state.cache.k), list(state.cache.v)
+
+        def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+            out, keys[layer], values[layer] = self.backend.attend(q, k, v, keys[layer], values[layer], rows, config.windows[layer])
+            return out
+
+        linears = self.backend.linears(config, weights, self.layout, bank, adapters)
+        hidden = forward(config, weights, tokens, rows.positions(length), attend, linears)
+        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+        logits = project(linears, last)[:, 0]
+        history = state.history
+        if length > 1:
+            history = sampling.record_prompt(history, slots, tokens, starts, lengths)
+        sampled = sampling.sample(logits, sampler, starts + lengths, history, slots)
+        history = sampling.record_answer(history, slots, sampled.tokens, emit)
+        return State(KVCache(tuple(keys), tuple(values)), history), sampled
+
+
+def idle_batch(rows: int, length: int, vocab: int) -> Batch:
+    """A batch whose rows do nothing: the start from which a real one is filled in."""
+    return Batch(
+        tokens=np.zeros((rows, length), np.int32),
+        slots=np.arange(rows, dtype=np.int32),
+        starts=np.zeros(rows, np.int32),
+        lengths=np.zeros(rows, np.int32),
+        adapters=np.full(rows, -1, np.int32),
+        emit=np.zeros(rows, bool),
+        sampler=neutral_sampler(rows, vocab),
+    )
+
+
+def neutral_sampler(rows: int, vocab: int) -> SamplerRows:
+    """Greedy settings for so many rows, on the host."""
+    zeros, ones = np.zeros(rows, np.float32), np.ones(rows, np.float32)
+    return SamplerRows(
+        temperature=zeros.copy(), top_k=np.zeros(rows, np.int32), top_p=ones.copy(), min_p=zeros.copy(), repetition=ones.copy(),
+        frequency=zeros.copy(), presence=zeros.copy(), key=np.zeros((rows, 2), np.uint32),
+        banned=np.full((rows, MAX_BANNED), vocab, np.int32), logprobs=np.zeros(rows, bool),
+    )

@@ -1,0 +1,152 @@
+"""Choosing the next token of every row, on the device. Pure functions.
+
+A row's choice depends on its own logits, settings, seed and position only: every step below is computed row by row, so neither the other
+rows of a batch nor the batch size can change it. Letters in shapes: B rows, V vocabulary, S slots.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+TOP = 20
+
+
+@struct.dataclass
+class SamplerRows:
+    """Sampling settings of a step's rows; all arrays are `[B]` but `key` uint32 `[B, 2]` (the seed's high and low word) and `banned`
+    int32 `[B, N]` (ids that must not come next, padded with V)."""
+
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    repetition: Array
+    frequency: Array
+    presence: Array
+    key: Array
+    banned: Array
+    logprobs: Array
+
+
+@struct.dataclass
+class Sampled:
+    """`tokens`, `logprobs` `[B]` and the best `top_ids`, `top_logprobs` `[B, TOP]` (zeros where no row asked); `ok` is False for a row
+    whose logits are not finite."""
+
+    tokens: Array
+    logprobs: Array
+    top_ids: Array
+    top_logprobs: Array
+    ok: Array
+
+
+@struct.dataclass
+class History:
+    """What each slot has seen, for the penalties: `prompt` bool and `answer` int32 (counts), both `[S, V]`."""
+
+    prompt: Array
+    answer: Array
+
+    @classmethod
+    def empty(cls, slots: int, vocab: int) -> "History":
+        return cls(jnp.zeros((slots, vocab), bool), jnp.zeros((slots, vocab), jnp.int32))
+
+
+def record_prompt(history: History, slots: Array, tokens: Array, starts: Array, lengths: Array) -> History:
+    """The history with a prompt chunk `tokens [B, T]` added; a chunk that starts at position 0 begins a new request in its slot."""
+    prompt, answer = history.prompt, history.answer
+    vocab = prompt.shape[1]
+    for row in range(tokens.shape[0]):
+        slot, fresh = slots[row], starts[row] == 0
+        old_prompt = jax.lax.dynamic_slice_in_dim(prompt, slot, 1)
+        old_answer = jax.lax.dynamic_slice_in_dim(answer, slot, 1)
+        live = jnp.arange(tokens.shape[1]) < lengths[row]
+        new_prompt = (old_prompt & ~fresh).at[0, jnp.where(live, tokens[row], vocab)].set(True, mode="drop")
+        prompt = jax.lax.dynamic_update_slice_in_dim(prompt, new_prompt, slot, axis=0)
+        answer = jax.lax.dynamic_update_slice_in_dim(answer, jnp.where(fresh, 0, old_answer), slot, axis=0)
+    return History(prompt, answer)
+
+
+def record_answer(history: History, slots: Array, tokens: Array, live: Array) -> History:
+    """The history with one generated token `[B]` added for each live row."""
+    vocab = history.answer.shape[1]
+    answer = history.answer.at[slots, jnp.where(live, tokens, vocab)].add(1, mode="drop")
+    return History(history.prompt, answer)
+
+
+def sample(logits: Array, rows: SamplerRows, positions: Array, history: History, slots: Array) -> Sampled:
+    """The next token of every row from `logits` float32 `[B, V]`; `positions` int32 `[B]` is where that token will stand.
+
+    Log-probabilities are those of the model itself, before penalties, temperature and filters.
+    """
+    batch, vocab = logits.shape
+    penalised = jnp.any((rows.repetition != 1) | (rows.frequency != 0) | (rows.presence != 0))
+    shaped = jax.lax.cond(penalised, lambda: _penalise(logits, rows, history, slots), lambda: logits)
+    shaped = shaped.at[jnp.arange(batch)[:, None], rows.banned].set(-jnp.inf, mode="drop")
+    best = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
+    warm = rows.temperature > 0
+    tokens = jax.lax.cond(jnp.any(warm), lambda: jnp.where(warm, _draw(shaped, rows, positions), best), lambda: best)
+    nothing = (jnp.zeros(batch), jnp.zeros((batch, TOP), jnp.int32), jnp.zeros((batch, TOP)))
+    logprobs, top_ids, top_logprobs = jax.lax.cond(jnp.any(rows.logprobs), lambda: _logprobs(logits, tokens), lambda: nothing)
+    return Sampled(tokens, logprobs, top_ids, top_logprobs, jnp.isfinite(logits.max(axis=-1)))
+
+
+def _penalise(logits: Array, rows: SamplerRows, history: History, slots: Array) -> Array:
+    prompt, answer = history.prompt[slots], history.answer[slots]
+    repetition = rows.repetition[:, None]
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(prompt | (answer > 0), repeated, logits)
+    return logits - rows.frequency[:, None] * answer - rows.presence[:, None] * (answer > 0)
+
+
+def _draw(logits: Array, rows: SamplerRows, positions: Array) -> Array:
+    logits = logits / jnp.maximum(rows.temperature, 1e-6)[:, None]
+    filtered = jnp.any((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
+    logits = jax.lax.cond(filtered, lambda: keep_likely(logits, rows.top_k, rows.top_p, rows.min_p), lambda: logits)
+
+    def noise(key: Array, position: Array) -> Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
+        return jax.random.gumbel(key, logits.shape[1:])
+
+    # The Gumbel-max trick: the largest of logit + noise is a draw from the softmax.
+    return jnp.argmax(logits + jax.vmap(noise)(rows.key, positions), axis=-1).astype(jnp.int32)
+
+
+def keep_likely(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
+    """Logits `[B, V]` with what top-k, then top-p (Holtzman et al. 2020), then min-p (Nguyen et al. 2024) leave out set to -inf.
+
+    The thresholds are found by bisection on the bits of the numbers, which is exact and spares sorting the vocabulary. Ties at a
+    threshold stay in.
+    """
+    order = _ordered(logits)
+
+    def threshold(enough) -> Array:
+        def bit(index: Array, found: Array) -> Array:
+            candidate = found | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
+            return jnp.where(enough(order >= candidate[:, None]), candidate, found)
+
+        return jax.lax.fori_loop(0, 32, bit, jnp.zeros(logits.shape[0], jnp.uint32))[:, None]
+
+    k = jnp.where(top_k > 0, top_k, logits.shape[1])
+    kept = order >= threshold(lambda above: above.sum(axis=-1) >= k)
+    shares = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
+    nucleus = threshold(lambda above: jnp.where(above, shares, 0.0).sum(axis=-1) >= top_p)
+    kept = kept & ((order >= nucleus) | (top_p >= 1)[:, None])
+    kept = kept & (shares >= min_p[:, None] * shares.max(axis=-1, keepdims=True))
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def _ordered(x: Array) -> Array:
+    """float32 as uint32 of the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(0x80000000))
+
+
+def _logprobs(logits: Array, tokens: Array) -> tuple[Array, Array, Array]:
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    top = min(TOP, logits.shape[1])
+    values, ids = jax.lax.top_k(logits, top)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - total
+    pad = ((0, 0), (0, TOP - top))
+    return chosen[:, 0], jnp.pad(ids.astype(jnp.int32), pad), jnp.pad(values - total, pad, constant_values=-jnp.inf)
