@@ -106,6 +106,7 @@ class TritonServer:
         found = installation.find(self.settings.cache_dir, self._environ)
         self.store.mkdir(parents=True, exist_ok=True)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        repository.compile_models(self.model_repository, self.models)
         libc = ctypes.CDLL(None)  # loaded here, as the child may not import anything
         self._process = subprocess.Popen(
             self._command(found),
@@ -222,13 +223,13 @@ class TritonServer:
         environment = {**self._environ, **self.settings.environment()}
         before = {
             "PATH": [pathlib.Path(sys.prefix, "bin")],  # the Python backend takes its packages from the first python3 there
+            # For stubs that read it. Those of the wheel are isolated from the environment, and find the project as their working folder.
             "PYTHONPATH": [repository.PROJECT],
             "LD_LIBRARY_PATH": found.library_path,
         }
         for name, folders in before.items():
             environment[name] = os.pathsep.join([*map(str, folders), *filter(None, [environment.get(name)])])
-        # A __pycache__ below a model's folder would count as a change of the model.
-        return {**environment, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+        return environment
 
     def _read(self) -> None:
         with self.log_path.open("ab", buffering=0) as log:

@@ -1,5 +1,6 @@
 """The Triton model repository on disk: where it is, which models it starts, what their `config.pbtxt` say."""
 
+import compileall
 import pathlib
 import shutil
 
@@ -41,6 +42,16 @@ def parameters(repository: pathlib.Path, models: tuple[str, ...] = MODELS) -> di
                 )
             owner.setdefault(name, model)
     return found
+
+
+def compile_models(repository: pathlib.Path, models: tuple[str, ...]) -> None:
+    """Writes the byte code of the models' Python files, where that is possible.
+
+    Python would write it when Triton imports a model, and then it counts as a change: the next call to `load` starts the model anew.
+    """
+    for model in models:
+        for version in (repository / model).glob("[0-9]*/"):
+            compileall.compile_dir(version, quiet=2, maxlevels=0)
 
 
 def copy(destination: pathlib.Path, source: pathlib.Path = REPOSITORY) -> pathlib.Path:
