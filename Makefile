@@ -37,6 +37,7 @@ test-next: $(NEXT) ## run the library's tests on the newest JAX and NumPy 2
 
 .PHONY: venv
 venv: $(SERVE) ## make .venv only
+	@:
 
 .PHONY: lock
 lock: $(SERVE) $(PARITY) ## resolve environments/*.in again and write the lock files
