@@ -72,8 +72,8 @@ def check_tensors(
             sides.setdefault(module, {})[side] = at
         elif layer and int(layer[1][:9]) >= model.num_layers:
             found.add(f"layers that do not exist (this base model has {model.num_layers})", name)
-        elif name.endswith(".base_layer.weight"):
-            found.add("copies of base weights, which are not applied (save with save_embedding_layers=False)", name)
+        elif ".lora_" not in name:
+            found.add("weights of whole modules, which are not applied (to leave them out: save_embedding_layers=False)", name)
         else:
             found.add("keys that are no LoRA weights of a linear layer of this base model", name)
     if OUTPUT_LAYER in sides and not limits.output_layer:

@@ -4,6 +4,7 @@ Semantics: `LoraConfig` of peft 0.21. Knows module names, no tensors.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -252,14 +253,14 @@ class _Reader:
         for pattern, value in table.items():
             if not valid(value):
                 self.problem(f"{key}: {shorten(pattern)} is {_shown(value)}, not {what}")
-            self._check_pattern(key, pattern)
+            self._check_pattern(key, pattern, patterns.as_expression(pattern))
         return table
 
     def modules(self, key: str, required: bool) -> str | tuple[str, ...]:
         value = self._raw.get(key)
         if isinstance(value, str) and value:
             if value.lower() != ALL_LINEAR:
-                self._check_pattern(key, value)
+                self._check_pattern(key, value, value)
             return value
         if isinstance(value, list) and value and len(value) <= MAX_PATTERN_KEYS and all(isinstance(item, str) and item for item in value):
             return tuple(value)
@@ -284,13 +285,13 @@ class _Reader:
             self.problem(f"layers_pattern is {_shown(value)}, not a list of names")
             return ()
         for name in names:
-            self._check_pattern("layers_pattern", name)
+            self._check_pattern("layers_pattern", name, patterns.as_expression(name))
         return tuple(names)
 
-    def _check_pattern(self, key: str, pattern: str) -> None:
-        problem = patterns.check(pattern)
+    def _check_pattern(self, key: str, shown: str, expression: str) -> None:
+        problem = patterns.check(expression)
         if problem:
-            self.problem(f"{key}: {shorten(pattern)} {problem}")
+            self.problem(f"{key}: {shorten(shown)} {problem}")
 
 
 def _is_rank(value: Any) -> bool:
@@ -306,4 +307,4 @@ def _whole_where_it_is(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return shorten(repr(value), 60)
+    return shorten(json.dumps(value, default=repr), 60)

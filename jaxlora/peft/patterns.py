@@ -41,7 +41,7 @@ class Matcher:
         if _PLAIN.fullmatch(key):
             start = len(name) - len(key)
             return start >= 0 and (start == 0 or name[start - 1] == ".") and _same(key, name[start:])
-        return self._fullmatch(rf"(.*\.)?({key})$", name)
+        return self._fullmatch(as_expression(key), name)
 
     def _fullmatch(self, pattern: str, name: str) -> bool:
         if self._left_s <= 0:
@@ -59,6 +59,11 @@ class Matcher:
             self._left_s -= time.monotonic() - started
 
 
+def as_expression(key: str) -> str:
+    """The regular expression that PEFT makes of a key of a pattern table."""
+    return rf"(.*\.)?({key})$"
+
+
 def check(pattern: str) -> str | None:
     """What is wrong with a regular expression, else None. What passes compiles to a program of bounded size."""
     if len(pattern) > MAX_PATTERN_LENGTH:
@@ -74,7 +79,6 @@ def check(pattern: str) -> str | None:
     if "[[" in pattern or "{" in _COUNTED.sub("", pattern).replace(r"\{", ""):
         return "uses `[[` or a `{` that is no repeat count"
     try:
-        re.compile(rf"(.*\.)?({pattern})$")
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         return f"is no valid regular expression ({error})"
