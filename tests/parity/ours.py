@@ -20,9 +20,9 @@ _logits = jax.jit(model.logits, static_argnames="config")
 
 @functools.partial(jax.jit, static_argnames=("config", "layout"))
 def _banked_logits(
-    config: ModelConfig, layout: lora.BankLayout, base: weights.Weights, bank: lora.Bank, tokens: np.ndarray, tiles: lora.Tiles
+    config: ModelConfig, layout: lora.BankLayout, base: weights.Weights, bank: lora.Bank, tokens: np.ndarray, slots: np.ndarray
 ) -> jax.Array:
-    return model.logits(config, base, tokens, lora.adapt_rows(layout, bank, tiles))
+    return model.logits(config, base, tokens, lora.adapt_rows(layout, bank, slots))
 
 
 class Ours:
@@ -36,6 +36,7 @@ class Ours:
         self.weights = weights.load(self.base_folder, self.config, "float32")
         self.adapters = {name: peft.read(path, self.config, LIMITS) for name, path in self.adapter_folders.items()}
 
+    @functools.cache
     def base(self, dtype: str = "float32", config: ModelConfig | None = None) -> np.ndarray:
         """`[R, condensed]` without an adapter."""
         loaded = self.weights if dtype == "float32" else weights.load(self.base_folder, self.config, dtype)
@@ -45,24 +46,23 @@ class Ours:
         """`[R, condensed]` with one adapter for all rows, as training applies it."""
         return condense(_logits(self.config, self.weights, checkpoints.batch(), lora.Adapter.from_pairs(modules)))
 
-    def served_form(self, variants: list[str]) -> np.ndarray:
+    @functools.cache
+    def served_form(self, variants: tuple[str, ...]) -> np.ndarray:
         """`[R, condensed]` where row k has `variants[k]`, from a bank on the device, as serving applies it."""
-        layout, bank, ranks = self._bank
-        slots = np.array([-1 if variant == checkpoints.BASE else self._slot(variant) for variant in variants])
-        tiles = lora.Tiles.of(layout, slots, ranks)
-        return condense(_banked_logits(self.config, layout, self.weights, bank, checkpoints.batch(), tiles))
+        layout, bank = self._bank
+        slots = np.array([-1 if variant == checkpoints.BASE else self._slot(variant) for variant in variants], np.int32)
+        return condense(_banked_logits(self.config, layout, self.weights, bank, checkpoints.batch(), slots))
 
     def _slot(self, adapter: str) -> int:
         # Not in the order of the table, and not from 0: a slot is where an adapter lies, not what it is.
         return len(self.adapters) - list(self.adapters).index(adapter)
 
     @functools.cached_property
-    def _bank(self) -> tuple[lora.BankLayout, lora.Bank, np.ndarray]:
+    def _bank(self) -> tuple[lora.BankLayout, lora.Bank]:
         layout = lora.BankLayout.of(self.config, MAX_RANK, output_layer=True)
-        bank, ranks = lora.Bank.empty(layout, len(self.adapters) + 1), np.zeros(len(self.adapters) + 1, np.int32)
+        bank = lora.Bank.empty(layout, len(self.adapters) + 1)
         for name, adapter in self.adapters.items():
-            vector, slot = np.empty(layout.size, np.float32), self._slot(name)
+            vector = np.empty(layout.size, np.float32)
             layout.pack(adapter.modules, vector)
-            ranks[slot] = adapter.rank
-            bank = lora.put(bank, slot, vector, ranks[slot])
-        return layout, bank, ranks
+            bank = lora.put(bank, self._slot(name), vector, adapter.rank)
+        return layout, bank

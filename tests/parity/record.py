@@ -4,6 +4,7 @@ Runs with torch; `make test` compares with the files that this leaves in `tests/
 """
 
 import argparse
+import json
 import logging
 import pathlib
 import tempfile
@@ -39,7 +40,7 @@ def record(architecture: str, folder: pathlib.Path) -> Record:
         names = ["__base__" if variant == checkpoints.BASE else variant for variant in checkpoints.VARIANTS]
         mixed = condense(model(input_ids=tokens, adapter_names=names).logits.numpy())
         bfloat16 = condense(load_base(base, torch.bfloat16)(input_ids=tokens).logits.float().numpy())
-    resolved = model.get_base_model().config.to_dict()
+    resolved = json.loads(json.dumps(model.get_base_model().config.to_dict()))
     for key in ("_name_or_path", "transformers_version"):
         resolved.pop(key, None)
     prints = {path.name: checkpoints.fingerprint(path) for path in (base, *adapters.values())}

@@ -1,10 +1,8 @@
-"""The library's logits and greedy tokens are those of Transformers and PEFT, as recorded: any Llama, Mistral, Qwen2 or Qwen3, any LoRA.
-
-`test_live.py` makes the records afresh where torch is installed.
+"""The library's logits and greedy tokens are those of Transformers and PEFT, for every architecture and kind of LoRA: as recorded
+and, where torch is installed, as they answer now.
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable
 
@@ -16,33 +14,32 @@ from jaxlora.config import ModelConfig
 
 from . import checkpoints, recording
 from .checkpoints import ADAPTERS, ARCHITECTURES, BASE, VARIANTS
+from .conftest import SOURCES
 from .ours import LIMITS, Ours
 from .recording import TOLERANCE, Record, difference
 
+OursOf = Callable[[str], Ours]
+RecordOf = Callable[[str, str], Record]
 # What a fault must change at the least to be sure of being seen.
 VISIBLE = 100 * TOLERANCE
 
 
 @dataclasses.dataclass
 class Case:
+    """One architecture: our side, and the reference."""
+
     ours: Ours
     record: Record
 
 
-@pytest.fixture(scope="module")
-def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    """Makes the case of an architecture, once: what it compiled is used again."""
-
-    @functools.cache
-    def make(architecture: str) -> Case:
-        return Case(Ours(architecture, tmp_path_factory.mktemp(architecture)), Record.load(recording.FOLDER, architecture))
-
-    return make
+@pytest.fixture(scope="module", params=SOURCES)
+def source(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def case(request: pytest.FixtureRequest, case_of: Callable[[str], Case]) -> Case:
-    return case_of(request.param)
+def case(request: pytest.FixtureRequest, source: str, ours_of: OursOf, record_of: RecordOf) -> Case:
+    return Case(ours_of(request.param), record_of(source, request.param))
 
 
 def test_the_folders_are_those_that_were_recorded(case: Case) -> None:
@@ -67,17 +64,17 @@ def test_base_logits_in_bfloat16_are_off_no_further_than_the_rounding(case: Case
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_with_an_adapter_of_the_bank(case: Case, variant: str) -> None:
     reference = case.record.logits[VARIANTS.index(variant)]
-    assert difference(case.ours.served_form([variant] * len(VARIANTS)), reference) < TOLERANCE
+    assert difference(case.ours.served_form((variant,) * len(VARIANTS)), reference) < TOLERANCE
 
 
 def test_logits_of_a_batch_in_which_every_row_has_its_own_adapter(case: Case) -> None:
-    assert difference(case.ours.served_form(list(VARIANTS)), case.record.mixed) < TOLERANCE
+    assert difference(case.ours.served_form(VARIANTS), case.record.mixed) < TOLERANCE
 
 
 def test_logits_of_a_mixed_batch_in_another_order(case: Case) -> None:
     order = np.roll(np.arange(len(VARIANTS)), 2)
     reference = case.record.logits[order, np.arange(len(VARIANTS))]
-    assert difference(case.ours.served_form([VARIANTS[variant] for variant in order]), reference) < TOLERANCE
+    assert difference(case.ours.served_form(tuple(VARIANTS[variant] for variant in order)), reference) < TOLERANCE
 
 
 def test_logits_with_an_adapter_as_training_applies_it(case: Case) -> None:
@@ -97,8 +94,8 @@ def test_every_adapter_changes_every_row_by_far_more_than_the_tolerance(case: Ca
 
 
 @pytest.fixture(scope="module")
-def llama(case_of: Callable[[str], Case]) -> Case:
-    return case_of("llama")
+def llama(ours_of: OursOf, record_of: RecordOf) -> Case:
+    return Case(ours_of("llama"), record_of("stored", "llama"))
 
 
 @pytest.mark.parametrize("adapter", ["rslora", "rslora-patterns"])
@@ -124,7 +121,7 @@ def test_alpha_without_its_pattern_is_seen(llama: Case) -> None:
 def test_rows_that_swap_their_adapters_are_seen(llama: Case) -> None:
     swapped = list(VARIANTS)
     swapped[1], swapped[2] = swapped[2], swapped[1]
-    gap = np.abs(llama.ours.served_form(swapped) - llama.record.mixed).max(axis=-1)
+    gap = np.abs(llama.ours.served_form(tuple(swapped)) - llama.record.mixed).max(axis=-1)
     assert (gap[[1, 2]] > VISIBLE).all()
     assert (np.delete(gap, [1, 2]) < TOLERANCE).all()
 
@@ -140,7 +137,6 @@ def test_rows_that_swap_their_adapters_are_seen(llama: Case) -> None:
         ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 600.0}}),
     ],
 )
-def test_a_config_read_wrongly_is_seen(case_of: Callable[[str], Case], architecture: str, change: dict) -> None:
-    case = case_of(architecture)
+def test_a_config_read_wrongly_is_seen(ours_of: OursOf, record_of: RecordOf, architecture: str, change: dict) -> None:
     wrong = ModelConfig.from_dict({**ARCHITECTURES[architecture], **change})
-    assert difference(case.ours.base(config=wrong), case.record.logits[0]) > VISIBLE
+    assert difference(ours_of(architecture).base(config=wrong), record_of("stored", architecture).logits[0]) > VISIBLE
