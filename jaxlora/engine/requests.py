@@ -6,7 +6,7 @@ from typing import Protocol
 
 from jaxlora.errors import ServingError
 
-MAX_BANNED = 160
+MAX_BANNED = 320
 
 
 @dataclasses.dataclass(frozen=True)

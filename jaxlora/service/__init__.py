@@ -1,1 +1,8 @@
-"""What a request means: its fields and bounds, and the path from fields to answers. Knows neither Triton nor JAX arrays."""
+"""What a request means: its fields and bounds, and the path from fields to answers. Knows no Triton.
+
+Imports no JAX by itself, since the tokenizer and the launcher use parts of it; `jaxlora.service.service` does.
+"""
+
+from jaxlora.service.memory import memory_estimate
+
+__all__ = ["memory_estimate"]

@@ -1,0 +1,7 @@
+"""Continuous batching over a fixed number of slots. Knows token ids and adapter keys; knows neither text nor Triton."""
+
+from jaxlora.engine.engine import Engine, Handle, Limits
+from jaxlora.engine.program import Program, Sizes
+from jaxlora.engine.requests import Request, Result, SamplingParams, Sink, Timings, Token
+
+__all__ = ["Engine", "Handle", "Limits", "Program", "Request", "Result", "SamplingParams", "Sink", "Sizes", "Timings", "Token"]

@@ -1,0 +1,260 @@
+"""The scheduler: admits requests to slots, prefills them chunk by chunk, and decodes all running rows together.
+
+One thread owns the device. Between two decode steps at most one prefill chunk runs, so a long prompt never stalls the others for longer
+than one chunk. Requests are admitted in order of arrival, but one that waits for its adapter does not hold back those behind it.
+"""
+
+import collections
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+
+from jaxlora.engine.program import Program
+from jaxlora.engine.requests import Request
+from jaxlora.engine.residency import HostAdapter, Residency
+from jaxlora.engine.slots import Sequence, decode_batch, prefill_batch, row_numbers, token_of
+from jaxlora.errors import Cancelled, EngineError, RequestTimeout, ServingError, Unavailable
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How many requests may wait for a slot, and for how long, in seconds."""
+
+    max_queue: int = 256
+    queue_timeout_s: float = 120.0
+
+
+class Handle:
+    """A submitted request, for cancelling it."""
+
+    def __init__(self, sequence: Sequence, wake: Callable[[], None]):
+        self._sequence, self._wake = sequence, wake
+
+    def cancel(self) -> None:
+        """Stops the request at the next step; its sink gets `Cancelled`. Without effect once it has ended."""
+        self._sequence.cancelled.set()
+        self._wake()
+
+
+class Engine:
+    """Continuous batching over the slots of a `Program`.
+
+    Arguments:
+        program: warmed up; the engine's thread is the only one that uses it from now on.
+        read_adapter: the future of an adapter in host memory for a request's adapter key.
+    """
+
+    def __init__(self, program: Program, read_adapter: Callable[[Hashable], "Future[HostAdapter]"], limits: Limits = Limits()):
+        self._program, self._limits = program, limits
+        self._residency = Residency(program, read_adapter, self._wake)
+        self._wakeup = threading.Condition()
+        self._woken = False
+        self._arrived: collections.deque[Sequence] = collections.deque()
+        self._waiting: list[Sequence] = []
+        self._slots: list[Sequence | None] = [None] * program.sizes.slots
+        self._stopping = False
+        self._error: Exception | None = None
+        self._by_slot = len(program.batch_sizes) == 1
+        self.steps = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> Handle:
+        """Queues a request. Its sink hears of everything that follows.
+
+        Raises:
+            Unavailable: the queue is full, or the engine has stopped.
+        """
+        sequence = Sequence(request, time.monotonic())
+        with self._wakeup:
+            self._check_open()
+            # Those that the free slots will take at once don't wait.
+            if self._queue_length() - self._slots.count(None) >= self._limits.max_queue:
+                raise Unavailable(f"the queue is full: {self._limits.max_queue} requests wait for a slot (MAX_QUEUE)", retry_after_s=1)
+            self._arrived.append(sequence)
+            self._woken = True
+            self._wakeup.notify()
+        return Handle(sequence, self._wake)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive() and self._error is None
+
+    def load(self) -> dict[str, int]:
+        """What is going on: requests waiting and running, slots in all, adapters on the device, and counters since the start."""
+        running = sum(sequence is not None for sequence in self._slots)
+        with self._wakeup:
+            waiting = self._queue_length()
+        return {
+            "waiting": waiting, "running": running, "slots": len(self._slots), "steps": self.steps,
+            "adapters_resident": self._residency.resident(), "adapters_placed": self._residency.placed, "compiled": self._program.compiled(),
+        }
+
+    def stop(self) -> None:
+        """Ends the thread. Whatever has not finished fails as `Unavailable`."""
+        with self._wakeup:
+            self._stopping = True
+        self._wake()
+        self._thread.join()
+        self._residency.close()
+
+    def _queue_length(self) -> int:
+        return len(self._arrived) + len(self._waiting)
+
+    def _check_open(self) -> None:
+        if self._error is not None:
+            raise Unavailable(f"the engine has stopped: {self._error}")
+        if self._stopping:
+            raise Unavailable("the server is shutting down")
+
+    def _wake(self) -> None:
+        with self._wakeup:
+            self._woken = True
+            self._wakeup.notify()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._collect()
+                self._drop_ended()
+                self._admit()
+                self._prefill()
+                self._decode()
+        except Exception as error:  # whatever it is, nobody may be left waiting
+            log.exception("the engine stopped")
+            self._error = error
+        with self._wakeup:
+            self._stopping = True
+            left = [*self._arrived, *self._waiting, *filter(None, self._slots)]
+            self._arrived.clear()
+        for sequence in left:
+            if self._error is not None:
+                self._fail(sequence, EngineError(f"the engine stopped: {type(self._error).__name__}: {self._error}"))
+            else:
+                self._fail(sequence, Unavailable("the server is shutting down"))
+        self._waiting.clear()
+
+    def _collect(self) -> None:
+        """Takes in what has arrived; sleeps while there is nothing to do."""
+        with self._wakeup:
+            if not self._woken and not any(self._slots):
+                self._wakeup.wait(self._patience())
+            self._woken = False
+            while self._arrived:
+                self._waiting.append(self._arrived.popleft())
+
+    def _patience(self) -> float | None:
+        if not self._waiting:
+            return None
+        first = min(sequence.deadline(self._limits.queue_timeout_s) for sequence in self._waiting)
+        return max(0.0, first - time.monotonic())
+
+    def _drop_ended(self) -> None:
+        now = time.monotonic()
+        for sequence in [*self._waiting, *filter(None, self._slots)]:
+            if sequence.cancelled.is_set():
+                self._end(sequence, Cancelled("the request was cancelled"))
+            elif now >= sequence.deadline(self._limits.queue_timeout_s):
+                self._end(sequence, RequestTimeout(_timeout_message(sequence, self._limits, now)))
+
+    def _admit(self) -> None:
+        for sequence in list(self._waiting):
+            if None not in self._slots:
+                return
+            try:
+                key = sequence.request.adapter
+                bank_slot = -1 if key is None else self._residency.try_acquire(key)
+            except Exception as error:
+                self._end(sequence, error if isinstance(error, ServingError) else EngineError(f"the adapter can't be loaded: {error}"))
+                continue
+            if bank_slot is None:
+                continue
+            self._waiting.remove(sequence)
+            sequence.slot, sequence.bank_slot = self._slots.index(None), bank_slot
+            sequence.started = time.monotonic()
+            self._slots[sequence.slot] = sequence
+
+    def _prefill(self) -> None:
+        prefilling = [sequence for sequence in self._slots if sequence is not None and sequence.prefilling]
+        if not prefilling:
+            return
+        sequence = min(prefilling, key=lambda sequence: sequence.started)
+        batch = prefill_batch(sequence, self._program.sizes.prefill_chunk, self._program.config.vocab_size)
+        sampled = self._program.run(batch)
+        sequence.written += int(batch.lengths[0])
+        if not sequence.prefilling:
+            self._emit(sequence, sampled, 0)
+
+    def _decode(self) -> None:
+        running = [sequence for sequence in self._slots if sequence is not None and not sequence.prefilling]
+        if not running:
+            return
+        size = next(size for size in self._program.batch_sizes if size >= len(running))
+        batch = decode_batch(running, size, self._program.config.vocab_size, self._by_slot)
+        sampled = self._program.run(batch)
+        self.steps += 1
+        for sequence, row in zip(running, row_numbers(running, self._by_slot)):
+            sequence.written += 1
+            self._emit(sequence, sampled, row)
+
+    def _emit(self, sequence: Sequence, sampled, row: int) -> None:
+        """Hands a new token out, and ends the answer where it ends."""
+        params = sequence.request.params
+        if not sampled.ok[row]:
+            self._end(sequence, EngineError("the model's logits are not finite"))
+            return
+        now = time.monotonic()
+        if not sequence.answer:
+            sequence.first_token = now
+        token = token_of(sampled, row, params.logprobs)
+        sequence.answer.append(token.id)
+        full = len(sequence.request.prompt) + len(sequence.answer) >= self._program.sizes.max_seq_len
+        if token.id in params.stop_token_ids:
+            reason = "stop"
+        else:
+            try:
+                stopped = sequence.request.sink.token(token)
+            except Exception as error:
+                log.exception("a sink raised")
+                self._end(sequence, EngineError(f"the answer could not be delivered: {error}"))
+                return
+            reason = "stop" if stopped else "length" if full or len(sequence.answer) >= params.max_tokens else None
+        if reason is not None:
+            self._leave(sequence)
+            self._tell(lambda: sequence.request.sink.finish(sequence.result(reason, now)))
+
+    def _end(self, sequence: Sequence, error: ServingError) -> None:
+        self._leave(sequence)
+        self._fail(sequence, error)
+
+    def _leave(self, sequence: Sequence) -> None:
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        if sequence.slot >= 0 and self._slots[sequence.slot] is sequence:
+            self._slots[sequence.slot] = None
+            if sequence.request.adapter is not None:
+                self._residency.release(sequence.request.adapter)
+
+    def _fail(self, sequence: Sequence, error: ServingError) -> None:
+        self._tell(lambda: sequence.request.sink.fail(error))
+
+    @staticmethod
+    def _tell(call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:
+            log.exception("a sink raised")
+
+
+def _timeout_message(sequence: Sequence, limits: Limits, now: float) -> str:
+    waited = f"{now - sequence.submitted:.1f} s"
+    if sequence.request.timeout_s is not None and now - sequence.submitted >= sequence.request.timeout_s:
+        place = "in the queue" if sequence.slot < 0 else f"after {len(sequence.answer)} tokens"
+        return f"the request's time-out of {sequence.request.timeout_s:g} s passed {place}"
+    return f"no slot came free in {waited}; the limit is {limits.queue_timeout_s:g} s (QUEUE_TIMEOUT_S)"

@@ -1,0 +1,103 @@
+"""Adapters on their way to the device: read and packed in the background, placed between two steps, held by reference count."""
+
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+
+from jaxlora.adapters.device_slots import DeviceSlots
+from jaxlora.engine.program import Program
+from jaxlora.lora import BankLayout, Pair
+
+MAX_PENDING = 4
+
+
+class HostAdapter(Protocol):
+    """An adapter in host memory: its modules by Hugging Face path, and its largest rank."""
+
+    modules: Mapping[str, Pair]
+    rank: int
+
+
+class Residency:
+    """Which adapters are on the device. Used by the engine's thread alone; reading and packing happen in other threads.
+
+    `read` gives the future of an adapter in host memory; `wake` is called, from any thread, when an adapter is ready to be placed.
+    """
+
+    def __init__(self, program: Program, read: Callable[[Hashable], "Future[HostAdapter]"], wake: Callable[[], None]):
+        self._program, self._read, self._wake = program, read, wake
+        self._slots = DeviceSlots(program.sizes.lora_slots)
+        self._pending: dict[Hashable, Future[tuple[np.ndarray, int]]] = {}
+        self._packer = ThreadPoolExecutor(1, thread_name_prefix="adapter-packer")
+        self.placed = 0
+
+    def try_acquire(self, key: Hashable) -> int | None:
+        """The bank slot of an adapter, held until `release`; None while it is on its way or every slot is in use.
+
+        At most one adapter is placed by a call, so that running rows never wait for more than one copy.
+
+        Raises:
+            What reading the adapter raised; the next call tries again.
+        """
+        if self._slots.is_loaded(key):
+            return self._slots.acquire(key).slot
+        future = self._pending.get(key)
+        if future is None:
+            if len(self._pending) < MAX_PENDING:
+                self._pending[key] = self._start(key)
+            return None
+        if not future.done():
+            return None
+        if future.exception() is not None:
+            raise self._pending.pop(key).exception()
+        acquired = self._slots.acquire(key)
+        if acquired is None:
+            return None
+        vector, rank = self._pending.pop(key).result()
+        self._program.put_adapter(acquired.slot, vector, rank)
+        self._slots.set_loaded(key)
+        self.placed += 1
+        return acquired.slot
+
+    def release(self, key: Hashable) -> None:
+        """Gives a reference back; the adapter stays until its slot is needed."""
+        self._slots.release(key)
+
+    def resident(self) -> int:
+        """How many adapters have a slot on the device."""
+        return len(self._slots)
+
+    def close(self) -> None:
+        """Waits for the packing thread to end."""
+        self._packer.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, key: Hashable) -> "Future[tuple[np.ndarray, int]]":
+        packed: Future[tuple[np.ndarray, int]] = Future()
+
+        def deliver(done: "Future[HostAdapter]") -> None:
+            try:
+                self._packer.submit(pack, done)
+            except RuntimeError as error:  # closed meanwhile
+                packed.set_exception(error)
+
+        def pack(done: "Future[HostAdapter]") -> None:
+            try:
+                packed.set_result(pack_adapter(self._program.layout, done.result()))
+            except BaseException as error:
+                packed.set_exception(error)
+            self._wake()
+
+        try:
+            self._read(key).add_done_callback(deliver)
+        except Exception as error:
+            packed.set_exception(error)
+        return packed
+
+
+def pack_adapter(layout: BankLayout, adapter: HostAdapter) -> tuple[np.ndarray, int]:
+    """The vector `[layout.size]` float32 of an adapter, and its rank."""
+    vector = np.empty(layout.size, np.float32)
+    layout.pack(adapter.modules, vector)
+    return vector, adapter.rank

@@ -1,0 +1,102 @@
+"""The rows that generate: what each slot of the engine is doing, and the host side of its next step."""
+
+import dataclasses
+import math
+import threading
+
+import numpy as np
+
+from jaxlora.engine.program import Batch, idle_batch
+from jaxlora.engine.requests import MAX_BANNED, Request, Result, Timings, Token
+from jaxlora.engine.sampling import Sampled
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """One request inside the engine. `written` counts the tokens whose keys and values are in the cache."""
+
+    request: Request
+    submitted: float
+    cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
+    started: float = math.nan
+    first_token: float = math.nan
+    slot: int = -1
+    bank_slot: int = -1
+    written: int = 0
+    answer: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def prefilling(self) -> bool:
+        return self.written < len(self.request.prompt)
+
+    def deadline(self, queue_timeout_s: float) -> float:
+        """When it has waited too long, in seconds of `time.monotonic`: for a slot, or as its own time-out says."""
+        own = math.inf if self.request.timeout_s is None else self.submitted + self.request.timeout_s
+        return own if self.slot >= 0 else min(own, self.submitted + queue_timeout_s)
+
+    def banned(self) -> list[int]:
+        """Token ids that must not come next: stop tokens before `min_tokens`, and the ends of bad words."""
+        params = self.request.params
+        banned = [word[-1] for word in params.bad_words if len(word) == 1 or self._ends_with(word[:-1])]
+        if len(self.answer) < params.min_tokens:
+            banned += params.stop_token_ids
+        return banned[:MAX_BANNED]
+
+    def _ends_with(self, ids: tuple[int, ...]) -> bool:
+        # A bad word may begin in the prompt only if it ends in the answer, so looking at the tail of both is right.
+        tail = [*self.request.prompt[-len(ids) :], *self.answer][-len(ids) :] if len(self.answer) < len(ids) else self.answer[-len(ids) :]
+        return tuple(tail) == ids
+
+    def result(self, reason: str, now: float) -> Result:
+        """The end of its answer."""
+        timings = Timings(self.submitted, self.started, self.first_token, now)
+        return Result(reason, len(self.request.prompt), len(self.answer), 0, timings)
+
+
+def prefill_batch(sequence: Sequence, chunk: int, vocab: int) -> Batch:
+    """The next chunk of one prompt."""
+    part = sequence.request.prompt[sequence.written : sequence.written + chunk]
+    batch = idle_batch(1, chunk, vocab)
+    batch.tokens[0, : len(part)] = part
+    _fill(batch, 0, sequence, len(part))
+    batch.emit[0] = sequence.written + len(part) == len(sequence.request.prompt)
+    return batch
+
+
+def decode_batch(sequences: list[Sequence], size: int, vocab: int, by_slot: bool) -> Batch:
+    """One token of each sequence, in `size` rows. `by_slot`: row b is slot b, as a backend with one batch size wants it."""
+    batch = idle_batch(size, 1, vocab)
+    for index, sequence in enumerate(sequences):
+        row = sequence.slot if by_slot else index
+        batch.tokens[row, 0] = sequence.answer[-1]
+        _fill(batch, row, sequence, 1)
+        batch.emit[row] = True
+    return batch
+
+
+def _fill(batch: Batch, row: int, sequence: Sequence, length: int) -> None:
+    params, sampler = sequence.request.params, batch.sampler
+    batch.slots[row], batch.adapters[row] = sequence.slot, sequence.bank_slot
+    batch.starts[row], batch.lengths[row] = sequence.written, length
+    sampler.temperature[row], sampler.top_k[row] = params.temperature, params.top_k
+    sampler.top_p[row], sampler.min_p[row] = params.top_p, params.min_p
+    sampler.repetition[row] = params.repetition_penalty
+    sampler.frequency[row], sampler.presence[row] = params.frequency_penalty, params.presence_penalty
+    sampler.key[row] = params.seed >> 32, params.seed & 0xFFFFFFFF
+    sampler.logprobs[row] = params.logprobs is not None
+    banned = sequence.banned()
+    sampler.banned[row, : len(banned)] = banned
+
+
+def token_of(sampled: Sampled, row: int, params_logprobs: int | None) -> Token:
+    """The sampled token of one row, with the log-probabilities that were asked for."""
+    id = int(sampled.tokens[row])
+    if params_logprobs is None:
+        return Token(id, math.nan)
+    top = zip(sampled.top_ids[row, :params_logprobs].tolist(), sampled.top_logprobs[row, :params_logprobs].tolist())
+    return Token(id, float(sampled.logprobs[row]), tuple(top))
+
+
+def row_numbers(sequences: list[Sequence], by_slot: bool) -> np.ndarray:
+    """The row of each sequence in a decode batch."""
+    return np.array([sequence.slot if by_slot else index for index, sequence in enumerate(sequences)])

@@ -1,0 +1,26 @@
+"""How much memory a server will take, told before anything is loaded. Plain arithmetic on settings and the model's shape."""
+
+import math
+
+from jaxlora.config import OUTPUT_LAYER, ModelConfig
+from jaxlora.settings import Settings
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def memory_estimate(settings: Settings, config: ModelConfig) -> dict[str, int]:
+    """Bytes by purpose: `weights`, `kv_cache`, `adapters` (the bank on the device), `history` (penalties) and `working`."""
+    size = _BYTES[settings.dtype]
+    linears = config.linear_paths()
+    products = sum(at.in_features * at.out_features for at in linears.values())
+    in_bank = [at for path, at in linears.items() if path != OUTPUT_LAYER or settings.lora_output_layer]
+    rank_row = sum(at.in_features + at.out_features for at in in_bank)
+    chunk = max(settings.prefill_chunk, 128)
+    length = (math.ceil(settings.max_seq_len / chunk) + 1) * chunk
+    return {
+        "weights": size * (products + config.vocab_size * config.hidden_size),
+        "kv_cache": 2 * size * settings.max_slots * length * config.num_layers * config.num_kv_heads * config.head_dim,
+        "adapters": size * settings.lora_slots * settings.max_lora_rank * rank_row,
+        "history": 5 * settings.max_slots * config.vocab_size,
+        "working": 4 * 4 * settings.max_lora_rank * rank_row + 512 * 1024 * 1024,
+    }

@@ -1,0 +1,119 @@
+"""The whole path of a request without Triton: fields -> checks -> adapter version -> engine -> text to a listener."""
+
+import pathlib
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+
+from jaxlora import backend, weights
+from jaxlora.adapters import AdapterVersion, CatalogueReader, HostCache, catalogue_path
+from jaxlora.checkpoint import resolve
+from jaxlora.config import ModelConfig
+from jaxlora.engine import Engine, Handle, Limits, Program, Request, Sizes
+from jaxlora.errors import SetupError
+from jaxlora.peft import Limits as PeftLimits
+from jaxlora.peft import LoraAdapter, read
+from jaxlora.service.answers import AnswerSink, Listener
+from jaxlora.service.plan import Plan, plan
+from jaxlora.service.prompts import prompt_ids
+from jaxlora.settings import Settings
+from jaxlora.text import Tokenizer
+
+
+class LoraService:
+    """One base model with its adapters. Any thread may submit.
+
+    Arguments:
+        settings: see `jaxlora.settings`.
+        store: folder of the adapter store, whose catalogue `jaxlora.adapters.refresh` keeps.
+        progress: told what is going on while the model loads and compiles, line by line.
+
+    Raises:
+        SetupError: the base model can't be served with these settings.
+    """
+
+    def __init__(self, settings: Settings, store: str | pathlib.Path, progress: Callable[[str], None] = lambda line: None):
+        self.settings = settings
+        _keep_compiled_programs(settings.cache_dir / "compiled")
+        folder = resolve(settings.model, settings.cache_dir, progress)
+        self.config = ModelConfig.from_folder(folder)
+        if settings.max_seq_len > self.config.max_positions:
+            raise SetupError(f"MAX_SEQ_LEN: {settings.max_seq_len} is over the {self.config.max_positions} positions of the base model")
+        self.tokenizer = Tokenizer.from_folder(folder)
+        chosen, line = backend.choose(settings.cache_dir / "native")
+        progress(line)
+        progress(f"loading weights ({settings.dtype})")
+        loaded = weights.load(folder, self.config, settings.dtype, packing=chosen.packing)
+        sizes = Sizes(
+            slots=settings.max_slots,
+            max_seq_len=settings.max_seq_len,
+            prefill_chunk=min(settings.prefill_chunk, settings.max_seq_len),
+            lora_slots=settings.lora_slots,
+            max_lora_rank=settings.max_lora_rank,
+            output_layer=bool(settings.lora_output_layer),
+        )
+        program = Program(self.config, loaded, chosen, sizes, settings.dtype)
+        program.warm_up(progress)
+        self._limits = PeftLimits.of(settings)
+        self._catalogue = CatalogueReader(catalogue_path(settings.cache_dir, store))
+        self._host = HostCache(settings.adapter_host_cache_bytes, self._read)
+        self.engine = Engine(program, self._fetch, Limits(settings.max_queue, settings.queue_timeout_s))
+
+    def submit(
+        self, fields: Mapping[str, Any], listener: Listener, input_ids: Sequence[int] | None = None, timeout_s: float | None = None
+    ) -> Handle:
+        """Starts one request.
+
+        Arguments:
+            fields: as `merge_fields` returns them.
+            listener: hears of the answer, or of what went wrong after this call.
+            input_ids: token ids of the prompt, where they are known already.
+
+        Raises:
+            InvalidRequest, AdapterNotFound, Unavailable: the request is refused; the listener hears nothing.
+        """
+        return self.start(self.check(fields, input_ids), listener, timeout_s)
+
+    def check(self, fields: Mapping[str, Any], input_ids: Sequence[int] | None = None) -> tuple[Plan, AdapterVersion | None]:
+        """What `start` takes: the request checked completely, and its adapter resolved to one immutable version.
+
+        Raises:
+            InvalidRequest, AdapterNotFound: as `submit`.
+        """
+        prompt = prompt_ids(self.tokenizer, fields) if input_ids is None else input_ids
+        made = plan(fields, prompt, self.tokenizer, self.config, self.settings)
+        return made, self._catalogue.current().resolve(made.lora_name) if made.lora_name else None
+
+    def start(self, checked: tuple[Plan, AdapterVersion | None], listener: Listener, timeout_s: float | None = None) -> Handle:
+        """Queues a checked request. Raises Unavailable if the queue is full."""
+        made, adapter = checked
+        sink = AnswerSink(made, adapter, self.tokenizer, listener, peak_memory_bytes)
+        return self.engine.submit(Request(made.prompt, made.params, sink, adapter, timeout_s))
+
+    def close(self) -> None:
+        """Stops the engine; requests that have not finished fail as `Unavailable`."""
+        self.engine.stop()
+        self._host.close()
+
+    def _fetch(self, key: Any) -> "Future[LoraAdapter]":
+        return self._host.get(key)
+
+    def _read(self, version: AdapterVersion) -> LoraAdapter:
+        return read(version.path, self.config, self._limits, version.sha256, version.config_sha256)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that was in use so far: of the accelerator where it tells, else of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _keep_compiled_programs(folder: pathlib.Path) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
