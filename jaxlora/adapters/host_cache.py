@@ -25,7 +25,7 @@ class HostCache:
         self._capacity, self._read = capacity_bytes, read
         self._lock = threading.Lock()
         self._loading: dict[AdapterVersion, Future[LoraAdapter]] = {}
-        self._kept: collections.OrderedDict[AdapterVersion, Future[LoraAdapter]] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[AdapterVersion, tuple[Future[LoraAdapter], int]] = collections.OrderedDict()
         self._bytes = self._hits = self._misses = self._evictions = 0
         self._closed = False
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="adapter-reader")
@@ -33,11 +33,10 @@ class HostCache:
     def get(self, key: AdapterVersion) -> "Future[LoraAdapter]":
         """The adapter, or the promise of it. Never blocks on the disk; however many ask, it is read once."""
         with self._lock:
-            future = self._kept.get(key)
-            if future is not None:
+            if key in self._kept:
                 self._hits += 1
                 self._kept.move_to_end(key)
-                return future
+                return self._kept[key][0]
             future = self._loading.get(key)
             if future is not None:
                 self._hits += 1
@@ -81,14 +80,14 @@ class HostCache:
                 del self._loading[key]
             future.set_exception(error)
             return
-        future.set_result(adapter)
+        # Counted before anyone can see the result, so that whoever has it finds the counters up to date.
         with self._lock:
             del self._loading[key]
-            if adapter.nbytes > self._capacity:
-                return
-            self._kept[key] = future
-            self._bytes += adapter.nbytes
+            if adapter.nbytes <= self._capacity:
+                self._kept[key] = (future, adapter.nbytes)
+                self._bytes += adapter.nbytes
             while self._bytes > self._capacity:
-                _, oldest = self._kept.popitem(last=False)
-                self._bytes -= oldest.result().nbytes
+                _, (_, nbytes) = self._kept.popitem(last=False)
+                self._bytes -= nbytes
                 self._evictions += 1
+        future.set_result(adapter)
