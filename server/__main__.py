@@ -61,7 +61,7 @@ def _welcome(server: TritonServer) -> str:
 HTTP     {server.http_url}
 gRPC     {server.grpc_url}
 metrics  {server.metrics_url}
-adapters {server.store}
+adapters {server.store / 'users'}
 log      {server.log_path}
 
 Try, in another terminal:

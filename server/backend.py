@@ -50,14 +50,25 @@ def parameters(request: Any) -> dict[str, Any]:
 
 
 def error_response(error: BaseException) -> Any:
-    """The answer to a request that `error` ended. The text of an error that is not a ServingError goes to the log only."""
+    """The answer to a request that `error` ended. The text of an error that is not a ServingError goes to the log only.
+
+    The text begins with the name of the error's code, since neither HTTP nor a gRPC stream passes the code on.
+    """
     import triton_python_backend_utils as pb_utils
 
     if isinstance(error, ServingError):
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code)))
-    traceback.print_exception(error)
-    text = f"internal error ({type(error).__name__}); the server's log has the details"
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, pb_utils.TritonError.INTERNAL))
+        code, text = error.code, str(error)
+    else:
+        traceback.print_exception(error)
+        code, text = "INTERNAL", f"internal error ({type(error).__name__}); the server's log has the details"
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{code}: {text}", getattr(pb_utils.TritonError, code)))
+
+
+def send_error(response_sender: Any, error: BaseException) -> None:
+    """The same for a decoupled model: the error is the last response of the request."""
+    import triton_python_backend_utils as pb_utils
+
+    response_sender.send(error_response(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def refusing(initialize: Callable[[Any, dict[str, str]], None]) -> Callable[[Any, dict[str, str]], None]:

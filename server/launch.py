@@ -77,7 +77,7 @@ class TritonServer:
 
     @property
     def store(self) -> pathlib.Path:
-        """The folder of the published adapters."""
+        """The adapter store: the folder that holds `users/`."""
         return self.model_repository / repository.STORE
 
     @property
@@ -104,7 +104,6 @@ class TritonServer:
             SetupError: there is no server that can be run here.
         """
         found = installation.find(self.settings.cache_dir, self._environ)
-        self.store.mkdir(parents=True, exist_ok=True)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         repository.compile_models(self.model_repository, self.models)
         libc = ctypes.CDLL(None)  # loaded here, as the child may not import anything

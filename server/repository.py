@@ -12,7 +12,8 @@ from jaxlora.errors import SetupError
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 REPOSITORY = PROJECT / "model_repository"
 MODELS = ("adapters", "tokenizer", "jax_lora", "llm")
-STORE = pathlib.PurePath("adapters", "users")
+STORE = "adapters"
+"""The model whose folder holds the published adapters, in `users/`."""
 
 
 def config(repository: pathlib.Path, model: str) -> TritonConfig:
@@ -58,9 +59,7 @@ def copy(destination: pathlib.Path, source: pathlib.Path = REPOSITORY) -> pathli
     """Copies the models of `source`, without the adapters in its store, and returns `destination`."""
 
     def ignored(folder: str, names: list[str]) -> list[str]:
-        store = pathlib.Path(folder) == source / STORE.parent
-        return [name for name in names if name == "__pycache__" or (store and name == STORE.name)]
+        store = pathlib.Path(folder) == source / STORE
+        return [name for name in names if name == "__pycache__" or (store and name == "users")]
 
-    shutil.copytree(source, destination, ignore=ignored)
-    (destination / STORE).mkdir(parents=True)
-    return destination
+    return shutil.copytree(source, destination, ignore=ignored)

@@ -77,7 +77,7 @@ def test_a_malformed_config_is_told_with_its_line(tmp_path):
         repository.config(tmp_path, "one")
 
 
-def test_a_copy_of_the_repository_has_the_models_and_an_empty_store(tmp_path):
+def test_a_copy_of_the_repository_has_the_models_and_no_adapters(tmp_path):
     source = tmp_path / "source"
     for file in ("adapters/config.pbtxt", "adapters/1/model.py", "adapters/users/alice/adapters/sql/1/adapter_config.json", "llm/users/x"):
         (source / file).parent.mkdir(parents=True, exist_ok=True)
@@ -85,4 +85,3 @@ def test_a_copy_of_the_repository_has_the_models_and_an_empty_store(tmp_path):
     copied = repository.copy(tmp_path / "copy", source)
     files = sorted(str(path.relative_to(copied)) for path in copied.rglob("*") if path.is_file())
     assert files == ["adapters/1/model.py", "adapters/config.pbtxt", "llm/users/x"]
-    assert list((copied / repository.STORE).iterdir()) == []

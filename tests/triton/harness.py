@@ -47,7 +47,7 @@ def serving(
     if not model_repository.exists():
         repository.copy(model_repository)
     ports = dict(zip(preflight.PORTS, preflight.free_ports(len(preflight.PORTS)), strict=True))
-    own = dataclasses.replace(Settings(), cache_dir=folder / "cache", **(ports | settings))
+    own = dataclasses.replace(Settings(), **({"cache_dir": folder / "cache"} | ports | settings))
     server = TritonServer(own, model_repository=model_repository, models=models)
     try:
         server.start()
