@@ -56,11 +56,11 @@ clean: ## remove the virtual environments and what the tests leave
 
 # The hash in the stamp's name is the condition, so the files are no prerequisites: a checkout changes their times.
 $(SERVE):
-	@environments/make-venv.sh .venv $(@F) shared --no-deps -r environments/serve.lock
+	@environments/make-venv.sh .venv $(@F) triton --no-deps -r environments/serve.lock
 
 # With dependencies: where only the torch with CUDA can be had, it needs packages that the lock does not name.
 $(PARITY):
-	@CPU_TORCH_INDEX=$(CPU_TORCH_INDEX) environments/make-venv.sh .venv-parity $(@F) any -r environments/parity.in -c environments/parity.lock
+	@CPU_TORCH_INDEX=$(CPU_TORCH_INDEX) environments/make-venv.sh .venv-parity $(@F) library -r environments/parity.in -c environments/parity.lock
 
 $(NEXT):
-	@environments/make-venv.sh .venv-next $(@F) any -r environments/next.in
+	@environments/make-venv.sh .venv-next $(@F) newest -r environments/next.in
