@@ -30,12 +30,19 @@ class LoraService:
         settings: see `jaxlora.settings`.
         store: folder of the adapter store, whose catalogue `jaxlora.adapters.refresh` keeps.
         progress: told what is going on while the model loads and compiles, line by line.
+        catalogue: another catalogue of the store than the one that its server keeps.
 
     Raises:
         SetupError: the base model can't be served with these settings.
     """
 
-    def __init__(self, settings: Settings, store: str | pathlib.Path, progress: Callable[[str], None] = lambda line: None):
+    def __init__(
+        self,
+        settings: Settings,
+        store: str | pathlib.Path,
+        progress: Callable[[str], None] = lambda line: None,
+        catalogue: CatalogueReader | None = None,
+    ):
         self.settings = settings
         _keep_compiled_programs(settings.cache_dir / "compiled")
         folder = resolve(settings.model, settings.cache_dir, progress)
@@ -58,7 +65,7 @@ class LoraService:
         program = Program(self.config, loaded, chosen, sizes, settings.dtype)
         program.warm_up(progress)
         self._limits = PeftLimits.of(settings)
-        self._catalogue = CatalogueReader(catalogue_path(settings.cache_dir, store))
+        self._catalogue = catalogue or CatalogueReader(catalogue_path(settings.cache_dir, store))
         self._host = HostCache(settings.adapter_host_cache_bytes, self._read)
         self.engine = Engine(program, self._fetch, Limits(settings.max_queue, settings.queue_timeout_s))
 
