@@ -10,10 +10,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from jaxlora.checkpoint import resolve
-from jaxlora.errors import InvalidRequest
 from jaxlora.service.fields import INPUT_IDS, merge_fields
+from jaxlora.service.prompts import prompt_ids
 from jaxlora.text import Tokenizer
-from jaxlora.text.chat import parse_messages
 from server import backend
 
 PADDING = -1
@@ -31,17 +30,10 @@ class TritonPythonModel:
     def _answer(self, request: Any) -> Any:
         try:
             parameters = backend.parameters(request)
-            rows = [self._ids(merge_fields(row, parameters, self.settings)) for row in backend.rows(request)]
+            rows = [prompt_ids(self.tokenizer, merge_fields(row, parameters, self.settings)) for row in backend.rows(request)]
         except Exception as error:
             return backend.error_response(error)
         ids = np.full((len(rows), max(map(len, rows))), PADDING, np.int32)
         for row, values in enumerate(rows):
             ids[row, : len(values)] = values
         return pb_utils.InferenceResponse([pb_utils.Tensor(INPUT_IDS.name, ids)])
-
-    def _ids(self, fields: dict[str, Any]) -> list[int]:
-        if "messages" in fields:
-            return self.tokenizer.apply_chat_template(parse_messages(fields["messages"]))
-        if "text_input" in fields:
-            return self.tokenizer.encode(fields["text_input"])
-        raise InvalidRequest({"text_input": "is missing; send it, or `messages`"})
