@@ -51,6 +51,8 @@ twin_lora = jax.jit(native.twin_lora, static_argnames=("modules", "max_rank"))
 @pytest.mark.parametrize("m, k, n", [(1, 576, 960), (16, 64, 32), (3, 17, 33), (2, 1, 1), (15, 575, 100), (130, 48, 70), (0, 8, 8)])
 def test_linear_equals_its_twin(kernels: native.Kernels, dtype: str, m: int, k: int, n: int) -> None:
     x, w = normal(0, m, k), jnp.asarray(normal(1, k, n), dtype)
+    if dtype == "bfloat16" and kernels.isa == "avx512bf16":
+        x = x.astype(jnp.bfloat16).astype(np.float32)
     got = jax.jit(kernels.linear)(x, native.pack_linear(w))
     np.testing.assert_allclose(got, native.twin_linear(x, w), rtol=1e-5, atol=1e-5 * k**0.5)
 
@@ -69,10 +71,11 @@ def test_linear_keeps_leading_dimensions(kernels: native.Kernels) -> None:
     assert same_bits(kernels.linear(x, w), kernels.linear(x.reshape(6, 8), w).reshape(2, 3, 5))
 
 
-def test_rounding_to_bfloat16_is_to_nearest_even(kernels: native.Kernels) -> None:
+def test_x_is_rounded_to_nearest_even_where_it_is_rounded(kernels: native.Kernels) -> None:
     x = np.concatenate([normal(0, 4096), np.float32([0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 3e38, 1e-30])])
     one = native.pack_linear(jnp.ones((1, 1), jnp.bfloat16))
-    np.testing.assert_array_equal(kernels.linear(x[:, None], one)[:, 0], x.astype(jnp.bfloat16).astype(np.float32))
+    want = x.astype(jnp.bfloat16).astype(np.float32) if kernels.isa == "avx512bf16" else x
+    np.testing.assert_array_equal(kernels.linear(x[:, None], one)[:, 0], want)
 
 
 def test_weights_of_another_type_or_shape_are_refused(kernels: native.Kernels) -> None:

@@ -69,7 +69,7 @@ class Kernels:
 
     @staticmethod
     def linear(x: Array, w: Packed) -> Array:
-        """float32 [..., n] = x [..., k] @ w. With bfloat16 weights x is rounded to bfloat16 first; sums are float32."""
+        """float32 [..., n] = x [..., k] @ w, in float32; `avx512bf16` rounds x to bfloat16 where the weights are."""
         rows = x.reshape(-1, w.k).astype(jnp.float32)
         name = "jaxlora_linear_f32" if w.data.dtype == jnp.float32 else "jaxlora_linear_bf16"
         result = jax.ShapeDtypeStruct((rows.shape[0], w.n), jnp.float32)

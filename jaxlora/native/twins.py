@@ -9,8 +9,8 @@ Array = jax.Array
 
 
 def twin_linear(x: Array, w: Array) -> Array:
-    """float32 [..., n] = x [..., k] @ w [k, n]. With bfloat16 weights x is rounded to bfloat16 first; sums are float32."""
-    return jnp.matmul(x.astype(w.dtype), w, preferred_element_type=jnp.float32)
+    """float32 [..., n] = x [..., k] @ w [k, n], as `Kernels.linear` on packed weights."""
+    return jnp.matmul(x.astype(jnp.float32), w.astype(jnp.float32), precision="highest")
 
 
 def twin_attention(

@@ -19,20 +19,27 @@ using S32 = ffi::Buffer<ffi::S32>;
 struct Isa {
   const Kernels* kernels;
   bool (*supported)();
+  bool (*pays)();  // whether it's taken where none is asked for
 };
 
-// Best first. A set that the compiler does not know is left out of the build.
+bool avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+
+// Best first. A set that the compiler does not know is left out of the build. On Intel's cores a dot product of bfloat16 pairs takes
+// four times as long as a fused multiply-add (Emerald Rapids: 0.65 and 0.16 ns), so that widening the weights is twice as fast.
 const Isa kIsas[] = {
 #ifdef JAXLORA_AVX512BF16
-    {&kAvx512Bf16, [] { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"); }},
+    {&kAvx512Bf16, [] { return avx512() && __builtin_cpu_supports("avx512bf16"); }, [] { return !__builtin_cpu_is("intel"); }},
 #endif
 #ifdef JAXLORA_AVX512
-    {&kAvx512, [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"); }},
+    {&kAvx512, avx512, [] { return true; }},
 #endif
 #ifdef JAXLORA_AVX2
-    {&kAvx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {&kAvx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, [] { return true; }},
 #endif
-    {nullptr, nullptr},
+    {nullptr, nullptr, nullptr},
 };
 
 const Kernels* active = nullptr;
@@ -70,14 +77,13 @@ ffi::Error linear(F32 x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> y) {
     return bad("the weights were packed for another shape");
   }
   Pool& pool = Pool::instance();
-  if (kBf16) {
-    const int64_t padded = (a.k + 1) / 2 * 2;
-    void* rounded = scratch.reserve(static_cast<size_t>(a.m * padded) * active->rounded_bytes);
+  if (kBf16 && active->round_rows) {
+    auto* rounded = static_cast<uint16_t*>(scratch.reserve(static_cast<size_t>(a.m * ((a.k + 1) / 2 * 2)) * sizeof(uint16_t)));
     auto round = [&](int64_t begin, int64_t end) { active->round_rows(x.typed_data(), rounded, a.k, begin, end); };
     if (a.m * a.k < kSerial) {
       round(0, a.m);
     } else {
-      pool.split(a.m, round);
+      pool.split(a.m, round, 16);
     }
     a.x = rounded;
   }
@@ -128,10 +134,10 @@ ffi::Error attention(F32 q, F32 k_new, F32 v_new, ffi::AnyBuffer k_cache, ffi::A
   if (tokens * a.kv * a.d < kSerial) {
     store(0, a.b * a.kv);
   } else {
-    pool.split(a.b * a.kv, store, 1);
+    pool.split(a.b * a.kv, store);
   }
   pool.split(a.b * ((a.t + a.tile - 1) / a.tile) * a.kv,
-             [&](int64_t begin, int64_t end) { (bf16 ? active->attend_bf16 : active->attend_f32)(a, begin, end); }, 8);
+             [&](int64_t begin, int64_t end) { (bf16 ? active->attend_bf16 : active->attend_f32)(a, begin, end); });
   return ffi::Error::Success();
 }
 
@@ -203,7 +209,7 @@ ffi::Error lora(F32 y_in, F32 x, ffi::AnyBuffer bank, S32 row_slot, S32 rank, ff
 // Takes the named instruction set, or the best one for an empty name; returns its name, or "" where this machine lacks it.
 extern "C" const char* jaxlora_select(const char* wanted) {
   for (const jaxlora::Isa& isa : jaxlora::kIsas) {
-    if (isa.kernels && isa.supported() && (!*wanted || !std::strcmp(wanted, isa.kernels->name))) {
+    if (isa.kernels && isa.supported() && (*wanted ? !std::strcmp(wanted, isa.kernels->name) : isa.pays())) {
       jaxlora::active = isa.kernels;
       return isa.kernels->name;
     }

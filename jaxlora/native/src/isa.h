@@ -17,12 +17,12 @@ namespace {
 }  // namespace
 }  // namespace JAXLORA_ISA
 
-#define JAXLORA_TABLE(name)                                                                                            \
-  {                                                                                                                    \
-    name, sizeof(JAXLORA_ISA::Rounded), JAXLORA_ISA::round_rows, JAXLORA_ISA::linear<JAXLORA_ISA::F32Step>,            \
-        JAXLORA_ISA::linear<JAXLORA_ISA::Bf16Step>, JAXLORA_ISA::store_new<float>, JAXLORA_ISA::store_new<uint16_t>,   \
-        JAXLORA_ISA::attend<float>, JAXLORA_ISA::attend<uint16_t>, JAXLORA_ISA::lora_down<float>,                      \
-        JAXLORA_ISA::lora_down<uint16_t>, JAXLORA_ISA::lora_up<float>, JAXLORA_ISA::lora_up<uint16_t>                  \
+#define JAXLORA_TABLE(name)                                                                                          \
+  {                                                                                                                  \
+    name, JAXLORA_ISA::round_rows, JAXLORA_ISA::linear_f32, JAXLORA_ISA::linear_bf16, JAXLORA_ISA::store_new<float>, \
+        JAXLORA_ISA::store_new<uint16_t>, JAXLORA_ISA::attend<float>, JAXLORA_ISA::attend<uint16_t>,                 \
+        JAXLORA_ISA::lora_down<float>, JAXLORA_ISA::lora_down<uint16_t>, JAXLORA_ISA::lora_up<float>,                \
+        JAXLORA_ISA::lora_up<uint16_t>                                                                               \
   }
 
 }  // namespace jaxlora

@@ -13,9 +13,9 @@ inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
 // y[m, n] = x[m, k] @ w, all float32 but for the weights.
 //   float32 weights  [panels(n)][k][32]
-//   bfloat16 weights [panels(n)][pairs of k][32][2], k padded to even with a zero; x is rounded to bfloat16 first
+//   bfloat16 weights [panels(n)][pairs of k][32][2], k padded to even with a zero
 struct Linear {
-  const void* x;  // float32 rows, or what `round_rows` made of them
+  const void* x;  // float32 rows, or for bfloat16 weights what `round_rows` made of them
   const void* w;
   float* y;
   int64_t m, k, n;
@@ -64,8 +64,8 @@ struct Lora {
 
 struct Kernels {
   const char* name;
-  size_t rounded_bytes;  // of one x value after round_rows; rows are padded to an even number of values
-  void (*round_rows)(const float* x, void* rounded, int64_t k, int64_t row_begin, int64_t row_end);
+  // Rows of x as bfloat16 weights need them, padded to an even number of values; null where they stay float32.
+  void (*round_rows)(const float* x, uint16_t* rounded, int64_t k, int64_t row_begin, int64_t row_end);
   // Items of `linear` are (block of kRowBlock rows, panel), panels fastest.
   void (*linear_f32)(const Linear&, int64_t begin, int64_t end);
   void (*linear_bf16)(const Linear&, int64_t begin, int64_t end);

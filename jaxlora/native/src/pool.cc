@@ -30,8 +30,8 @@ Pool& Pool::instance() {
   return *pool;
 }
 
-Pool::Pool(int threads) : threads_(threads) {
-  for (int i = 1; i < threads; ++i) std::thread([this] { work(); }).detach();
+Pool::Pool(int threads) : threads_(threads), stretches_(new Stretch[static_cast<size_t>(threads)]) {
+  for (int i = 1; i < threads; ++i) std::thread([this, i] { work(i); }).detach();
 }
 
 void Pool::run(int64_t count, int64_t grain, Task task, const void* context) {
@@ -40,15 +40,18 @@ void Pool::run(int64_t count, int64_t grain, Task task, const void* context) {
     task(context, 0, count);
     return;
   }
-  job_ = {task, context, count, grain};
-  next_.store(0, std::memory_order_relaxed);
+  job_ = {task, context, static_cast<uint32_t>(grain)};
+  for (int i = 0; i < threads_; ++i) {
+    const uint64_t begin = static_cast<uint64_t>(count * i / threads_), end = static_cast<uint64_t>(count * (i + 1) / threads_);
+    stretches_[i].range.store(begin << 32 | end, std::memory_order_relaxed);
+  }
   gate_.store(kOpen, std::memory_order_release);
   epoch_.fetch_add(1);  // sequentially consistent with asleep_: either the worker sees the job or we see the worker asleep
   if (asleep_.load() > 0) {
     std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
   }
-  claim();
+  take_all(0);
   gate_.fetch_and(~kOpen, std::memory_order_acq_rel);
   for (int spins = 0; gate_.load(std::memory_order_acquire) != 0; ++spins) {
     if (spins < 2000) {
@@ -60,39 +63,50 @@ void Pool::run(int64_t count, int64_t grain, Task task, const void* context) {
   taken_.clear(std::memory_order_release);
 }
 
-void Pool::claim() {
+bool Pool::Stretch::take(bool front, uint32_t grain, uint32_t* begin, uint32_t* end) {
+  uint64_t old = range.load(std::memory_order_relaxed), rest;
+  do {
+    const uint32_t low = static_cast<uint32_t>(old >> 32), high = static_cast<uint32_t>(old);
+    if (low >= high) return false;
+    const uint32_t taken = high - low < grain ? high - low : grain;
+    *begin = front ? low : high - taken;
+    *end = *begin + taken;
+    rest = front ? static_cast<uint64_t>(low + taken) << 32 | high : static_cast<uint64_t>(low) << 32 | (high - taken);
+  } while (!range.compare_exchange_weak(old, rest, std::memory_order_relaxed));
+  return true;
+}
+
+void Pool::take_all(int self) {
   const Job job = job_;
-  for (;;) {
-    int64_t begin = next_.fetch_add(job.grain, std::memory_order_relaxed);
-    if (begin >= job.count) return;
-    int64_t end = begin + job.grain;
-    job.task(job.context, begin, end < job.count ? end : job.count);
+  uint32_t begin, end;
+  for (int i = 0; i < threads_; ++i) {
+    Stretch& stretch = stretches_[(self + i) % threads_];
+    while (stretch.take(i == 0, job.grain, &begin, &end)) job.task(job.context, begin, end);
   }
 }
 
-void Pool::work() {
+void Pool::work(int self) {
   uint32_t seen = 0;
   for (;;) {
-    while (!await(seen)) {
-    }
+    await(seen);
     seen = epoch_.load();
     uint32_t gate = gate_.load(std::memory_order_acquire);
     // Joining fails once the caller has closed the gate: from then on the job's fields may change under us.
     while ((gate & kOpen) && !gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) {
     }
     if (gate & kOpen) {
-      claim();
+      take_all(self);
       gate_.fetch_sub(1, std::memory_order_acq_rel);
     }
   }
 }
 
-// True when a job newer than `seen` has come; false after a sleep that may have ended for no reason.
-bool Pool::await(uint32_t seen) {
+// Returns when a job newer than `seen` has come.
+void Pool::await(uint32_t seen) {
   auto until = std::chrono::steady_clock::now() + kWatch;
   do {
     for (int i = 0; i < 32; ++i) {
-      if (epoch_.load(std::memory_order_acquire) != seen) return true;
+      if (epoch_.load(std::memory_order_acquire) != seen) return;
       pause();
     }
   } while (std::chrono::steady_clock::now() < until);
@@ -100,7 +114,6 @@ bool Pool::await(uint32_t seen) {
   asleep_.fetch_add(1);
   wake_.wait(lock, [&] { return epoch_.load() != seen; });
   asleep_.fetch_sub(1);
-  return true;
 }
 
 }  // namespace jaxlora

@@ -1,0 +1,215 @@
+"""Times the kernels beside plain XLA at the sizes of SmolLM2-135M: `python -m jaxlora.native.bench [linear|attention|lora|step] ...`.
+
+Weights are random and as many as the model's layers, so that each is read from memory and not from a cache. Times are medians of
+repetitions that alternate between the variants, with the fastest and the slowest beside them.
+"""
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora import native
+
+LAYERS, HIDDEN, MLP, HEADS, KV, HEAD, VOCABULARY = 30, 576, 1536, 9, 3, 64, 49152
+QKV = (HEADS + 2 * KV) * HEAD
+SHAPES = {"qkv": (HIDDEN, QKV), "o": (HIDDEN, HIDDEN), "gate_up": (HIDDEN, 2 * MLP), "down": (MLP, HIDDEN)}
+RANK, MAX_RANK, ADAPTERS = 16, 16, 16
+
+
+@dataclasses.dataclass
+class Timing:
+    median: float
+    fastest: float
+    slowest: float
+
+    def __str__(self) -> str:
+        return f"{self.median * 1e3:8.2f} ms ({self.fastest * 1e3:.2f} to {self.slowest * 1e3:.2f})"
+
+
+def measure(variants: dict[str, Callable[[], object]], repeat: int) -> dict[str, Timing]:
+    """Seconds a call of each variant, taken in turns after one call that compiles."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for call in variants.values():
+        jax.block_until_ready(call())
+    for _ in range(repeat):
+        for name, call in variants.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(time.perf_counter() - begin)
+    return {name: Timing(statistics.median(t), min(t), max(t)) for name, t in times.items()}
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, np.float32) * np.float32(0.05)
+
+
+def weights(shape: tuple[int, int], dtype: str, count: int = LAYERS) -> list[native.Packed]:
+    packed = native.pack_linear(jnp.asarray(normal(*shape), dtype))
+    return [dataclasses.replace(packed, data=jnp.array(packed.data, copy=True)) for _ in range(count)]
+
+
+def bench_linear(kernels: native.Kernels, repeat: int) -> None:
+    each = lambda linear: jax.jit(lambda x, ws: [linear(x, w) for w in ws])
+    for name, shape in {**SHAPES, "head": (HIDDEN, VOCABULARY)}.items():
+        count = 1 if name == "head" else LAYERS
+        plain = [jnp.array(normal(*shape)) for _ in range(count)]
+        packed = {dtype: weights(shape, dtype, count) for dtype in ("float32", "bfloat16")}
+        for rows in (1, 4, 16, 128, 512):
+            x = normal(rows, shape[0])
+            variants = {"XLA float32": functools.partial(each(native.twin_linear), x, plain)}
+            for dtype, w in packed.items():
+                variants[dtype] = functools.partial(each(kernels.linear), x, w)
+            for variant, timing in measure(variants, repeat).items():
+                size = 2 if variant == "bfloat16" else 4
+                values = count * shape[0] * shape[1]
+                print(f"{name:8} {rows:4} rows  {variant:12} {timing}  {values * size / timing.median / 1e9:6.1f} GB/s"
+                      f"  {2 * rows * values / timing.median / 1e9:7.1f} GFLOP/s")
+
+
+def bench_attention(kernels: native.Kernels, repeat: int) -> None:
+    for rows, chunk, length in ((1, 1, 128), (16, 1, 128), (16, 1, 1500), (1, 1, 1500), (1, 128, 0), (1, 512, 0), (1, 128, 1024)):
+        size = length + chunk
+        q, k, v = normal(rows, chunk, HEADS, HEAD), normal(rows, chunk, KV, HEAD), normal(rows, chunk, KV, HEAD)
+        where = jnp.full(rows, length, jnp.int32), jnp.full(rows, chunk, jnp.int32), jnp.arange(rows, dtype=jnp.int32)
+        for dtype in ("float32", "bfloat16"):
+            caches = [tuple(jnp.array(jnp.zeros((rows, KV, size, HEAD), dtype)) for _ in range(2)) for _ in range(LAYERS)]
+
+            @functools.partial(jax.jit, donate_argnums=3)
+            def step(q, k, v, caches):
+                done = [kernels.attention(q, k, v, *pair, *where, scale=HEAD**-0.5) for pair in caches]
+                return [out for out, _, _ in done], [tuple(pair) for _, *pair in done]
+
+            def call():
+                nonlocal caches
+                out, caches = step(q, k, v, caches)
+                return out
+
+            timing = measure({dtype: call}, repeat)[dtype]
+            moved = LAYERS * rows * KV * size * HEAD * 2 * (4 if dtype == "float32" else 2)
+            flops = LAYERS * rows * HEADS * HEAD * 4 * sum(length + t + 1 for t in range(chunk))
+            print(f"attention {rows:2} rows of {chunk:3} at {length:4} {dtype:9} {timing}  {moved / timing.median / 1e9:6.1f} GB/s"
+                  f"  {flops / timing.median / 1e9:6.1f} GFLOP/s")
+
+
+def lora_modules(offset: int, k: int, widths: list[int]) -> tuple[tuple[native.LoraModule, ...], int]:
+    modules, column = [], 0
+    for width in widths:
+        modules.append(native.LoraModule(offset, offset + MAX_RANK * k, column, width))
+        offset, column = offset + MAX_RANK * (k + width), column + width
+    return tuple(modules), offset
+
+
+def all_modules() -> tuple[list[dict[str, tuple[native.LoraModule, ...]]], int]:
+    layers, offset = [], 0
+    for _ in range(LAYERS):
+        layer = {}
+        for name, k, widths in (("qkv", HIDDEN, [HEADS * HEAD, KV * HEAD, KV * HEAD]), ("o", HIDDEN, [HIDDEN]),
+                                ("gate_up", HIDDEN, [MLP, MLP]), ("down", MLP, [HIDDEN])):
+            layer[name], offset = lora_modules(offset, k, widths)
+        layers.append(layer)
+    return layers, offset
+
+
+def bench_lora(kernels: native.Kernels, repeat: int) -> None:
+    layers, size = all_modules()
+    rank = jnp.full(ADAPTERS, RANK, jnp.int32)
+    for dtype in ("float32", "bfloat16"):
+        bank = jnp.array(np.broadcast_to(normal(1, size), (ADAPTERS, size)), dtype)
+
+        @jax.jit
+        def step(x, wide, slots):
+            out = []
+            for layer in layers:
+                for name, modules in layer.items():
+                    k, n = SHAPES[name]
+                    y = jnp.broadcast_to(x[:, :1], (x.shape[0], n))
+                    out.append(kernels.lora(y, wide if k == MLP else x, bank, slots, rank, modules=modules, max_rank=MAX_RANK)[0, 0])
+            return out
+
+        for name, slots in {"1 row": [0], "16 rows, 16 adapters": range(16), "16 rows, 1 adapter": [3] * 16, "128 rows, 1 adapter": [3] * 128}.items():
+            rows = jnp.array(list(slots), jnp.int32)
+            timing = measure({name: functools.partial(step, normal(len(rows), HIDDEN), normal(len(rows), MLP), rows)}, repeat)[name]
+            moved = len(set(slots)) * size * (4 if dtype == "float32" else 2)
+            print(f"lora {name:22} {dtype:9} {timing}  {moved / timing.median / 1e9:6.1f} GB/s")
+
+
+def bench_step(kernels: native.Kernels, repeat: int, length: int = 96) -> None:
+    """A whole decode step of a model of these sizes: norms, rotation, caches, activation, output layer, argmax."""
+    modules, bank_size = all_modules()
+    rank = jnp.full(ADAPTERS, RANK, jnp.int32)
+    for dtype in ("float32", "bfloat16"):
+        model = {name: weights(shape, dtype) for name, shape in SHAPES.items()}
+        head = weights((HIDDEN, VOCABULARY), dtype, 1)[0]
+        embed = jnp.array(normal(VOCABULARY, HIDDEN))
+        bank = jnp.array(np.broadcast_to(normal(1, bank_size), (ADAPTERS, bank_size)), dtype)
+        norm = jnp.ones(HIDDEN)
+
+        def rms_norm(x):
+            return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5) * norm
+
+        def rotate(x, cos, sin):
+            first, second = jnp.split(x, 2, axis=-1)
+            return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+        @functools.partial(jax.jit, donate_argnums=4, static_argnames="adapted")
+        def step(model, head, bank, tokens, caches, starts, slots, adapted):
+            rows = tokens.shape[0]
+
+            def linear(index, name, x):
+                y = kernels.linear(x, model[name][index])
+                return kernels.lora(y, x, bank, slots, rank, modules=modules[index][name], max_rank=MAX_RANK) if adapted else y
+
+            angles = starts[:, None].astype(jnp.float32) * 10000 ** (-jnp.arange(HEAD // 2) / (HEAD // 2))
+            cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+            live, places, out = jnp.ones(rows, jnp.int32), jnp.arange(rows, dtype=jnp.int32), []
+            x = embed[tokens]
+            for index in range(LAYERS):
+                qkv = linear(index, "qkv", rms_norm(x)).reshape(rows, HEADS + 2 * KV, HEAD)
+                q, k, v = jnp.split(qkv, [HEADS, HEADS + KV], axis=1)
+                y, *pair = kernels.attention(rotate(q, cos, sin)[:, None], rotate(k, cos, sin)[:, None], v[:, None], *caches[index],
+                                             starts, live, places, scale=HEAD**-0.5)
+                out.append(tuple(pair))
+                x = x + linear(index, "o", y.reshape(rows, HIDDEN))
+                gate, up = jnp.split(linear(index, "gate_up", rms_norm(x)), 2, axis=-1)
+                x = x + linear(index, "down", jax.nn.silu(gate) * up)
+            return jnp.argmax(kernels.linear(rms_norm(x), head), axis=-1).astype(jnp.int32), out
+
+        for rows in (1, 4, 16):
+            state = {"caches": [tuple(jnp.array(jnp.zeros((rows, KV, 2 * length, HEAD), dtype)) for _ in range(2)) for _ in range(LAYERS)]}
+
+            def call(adapted):
+                tokens = jnp.zeros(rows, jnp.int32)
+                got, state["caches"] = step(model, head, bank, tokens, state["caches"], jnp.full(rows, length, jnp.int32),
+                                            jnp.arange(rows, dtype=jnp.int32), adapted)
+                return got
+
+            variants = {"base": functools.partial(call, False), f"{rows} adapters": functools.partial(call, True)}
+            for name, timing in measure(variants, repeat).items():
+                print(f"step {dtype:9} {rows:2} rows {name:12} {timing}  {rows / timing.median:6.1f} tokens/s (best {rows / timing.fastest:.1f})")
+
+
+def main() -> None:
+    benches = {"linear": bench_linear, "attention": bench_attention, "lora": bench_lora, "step": bench_step}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=[*benches, []], help="all by default")
+    parser.add_argument("--repeat", type=int, default=15)
+    parser.add_argument("--build-dir", default=tempfile.gettempdir() + "/jaxlora-native")
+    arguments = parser.parse_args()
+    kernels = native.load(arguments.build_dir)
+    if isinstance(kernels, str):
+        raise SystemExit(kernels)
+    print(f"{kernels.isa}, {kernels.threads} threads, jax {jax.__version__}")
+    for name in arguments.what or benches:
+        benches[name](kernels, arguments.repeat)
+
+
+if __name__ == "__main__":
+    main()
