@@ -61,7 +61,7 @@ def test_linear_equals_its_twin(kernels: native.Kernels, dtype: str, m: int, k: 
 def test_a_row_of_linear_is_bitwise_the_same_beside_any_number_of_rows(kernels: native.Kernels, dtype: str) -> None:
     x, w = normal(0, 300, 75), native.pack_linear(jnp.asarray(normal(1, 75, 100), dtype))
     alone = jnp.concatenate([kernels.linear(x[i : i + 1], w) for i in range(40)])
-    for m in [*range(2, 40), 127, 128, 129, 300]:
+    for m in [*range(2, 18), 28, 29, 39, 129, 300]:
         assert same_bits(kernels.linear(x[:m], w)[:40], alone[:m]), m
     assert same_bits(kernels.linear(x[7:50], w)[:20], alone[7:27])
 
@@ -101,8 +101,7 @@ def new_tokens(batch: int, chunk: int, d: int) -> tuple[np.ndarray, np.ndarray, 
     return normal(1, batch, chunk, HEADS, d), normal(2, batch, chunk, KV, d), normal(3, batch, chunk, KV, d)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [0, 1, 40])
+@pytest.mark.parametrize("dtype, window", [("float32", 0), ("float32", 40), ("bfloat16", 1)])
 @pytest.mark.parametrize(
     "chunk, d, starts, lengths",
     [
@@ -125,8 +124,7 @@ def test_attention_equals_its_twin(
     assert same_bits(got[1], want[1]) and same_bits(got[2], want[2])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize("dtype, window", [("float32", 0), ("bfloat16", 70)])
 def test_a_token_is_bitwise_the_same_in_any_chunk_and_batch(kernels: native.Kernels, dtype: str, window: int) -> None:
     total, d = 280, 64
     q, k, v = new_tokens(1, total, d)
@@ -208,8 +206,10 @@ def bank_for(k: int, widths: list[int], dtype: str) -> tuple[jax.Array, tuple[na
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k, widths", [(576, [576, 192, 192]), (37, [11, 300]), (8, [1])])
-@pytest.mark.parametrize("rows", [[0], [2, -1, 2, 0, 1, 4, 3], [-1, -1], [4] * 20 + [2] * 3])
+@pytest.mark.parametrize(
+    "k, widths, rows",
+    [(576, [576, 192, 192], [0]), (37, [11, 300], [2, -1, 2, 0, 1, 4, 3]), (8, [1], [-1, -1]), (64, [64], [4] * 20 + [2] * 3)],
+)
 def test_lora_equals_its_twin(kernels: native.Kernels, dtype: str, k: int, widths: list[int], rows: list[int]) -> None:
     bank, modules = bank_for(k, widths, dtype)
     y, x = normal(0, len(rows), sum(widths) + 3), normal(1, len(rows), k)
