@@ -1,0 +1,87 @@
+"""From what a server says went wrong to the errors of `jaxlora.errors`.
+
+A stream carries an error as text only. The models of this project begin it with the code, `NOT_FOUND: ...`, and an ensemble puts
+`in ensemble 'llm', ` before that. What has no code comes from Triton itself.
+"""
+
+import re
+
+import grpc
+
+from jaxlora.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    Cancelled,
+    EngineError,
+    InvalidRequest,
+    RequestTimeout,
+    ServingError,
+    Unavailable,
+)
+from jaxlora.service.fields import FIELDS
+
+_ENSEMBLE = re.compile(r"in ensemble '[^']*', ")
+_CODED = re.compile(r"([A-Z][A-Z_]+): (.*)", re.DOTALL)
+_FIELD = re.compile(rf"(?:^|; )({'|'.join(sorted({*FIELDS, 'input_ids', 'query'}, key=len, reverse=True))}): ")
+# The service says so in words only: both are UNAVAILABLE to Triton.
+_TIMEOUT = re.compile(r"the request's time-out of |no slot came free in ")
+_RETRY = re.compile(r"(.*); try again in ([0-9.e+-]+) s", re.DOTALL)
+_MISSING_MODEL = re.compile(r"Request for unknown model: |.* has no available versions|.* is not ready")
+_LOAD_REASON = re.compile(r".*?\bTritonModelException: (.*?)(?:\n+At:\n.*)?", re.DOTALL)
+
+
+class ServerUnreachable(Unavailable):
+    """No server answers at the address, or the connection to it was lost."""
+
+
+def from_text(text: str) -> ServingError:
+    """The error that a model's answer stands for. Its `str()` is what the server's own error said."""
+    text = _ENSEMBLE.sub("", text, count=1) if _ENSEMBLE.match(text) else text
+    match = _CODED.fullmatch(text)
+    if match is None:
+        return Unavailable(f"the server is not ready to answer: {text}") if _MISSING_MODEL.match(text) else EngineError(text)
+    code, message = match.groups()
+    return _of_code(code, message) or EngineError(text)
+
+
+def from_rpc(error: grpc.RpcError, url: str) -> ServingError:
+    """The error that a failed call stands for: one of the server's, or that there is no server."""
+    code, details = error.code(), error.details() or ""
+    if _CODED.fullmatch(details) and (known := from_text(details)) and str(known) != details:
+        return known
+    if code == grpc.StatusCode.CANCELLED:
+        return Cancelled("cancelled by the client")
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return RequestTimeout(f"no answer from {url} within the request's time-out")
+    if code == grpc.StatusCode.UNAVAILABLE and not _MISSING_MODEL.match(details):
+        return ServerUnreachable(f"no server answers at {url} (is it running? `make serve` starts one)")
+    return from_text(details or str(code))
+
+
+def from_load(error: grpc.RpcError, url: str) -> ServingError:
+    """The error that a refused load of a model stands for, without Triton's traceback."""
+    match = _LOAD_REASON.fullmatch(error.details() or "")
+    return AdapterInvalid([match[1].strip()]) if match else from_rpc(error, url)
+
+
+def _of_code(code: str, message: str) -> ServingError | None:
+    if code == InvalidRequest.code:
+        return InvalidRequest(_problems(message))
+    if code == Unavailable.code:
+        if _TIMEOUT.match(message):
+            return RequestTimeout(message)
+        retry = _RETRY.fullmatch(message)
+        return Unavailable(retry[1], float(retry[2])) if retry else Unavailable(message)
+    for known in (AdapterNotFound, Cancelled, EngineError):
+        if code == known.code:
+            return known(message)
+    return None
+
+
+def _problems(message: str) -> dict[str, str]:
+    """The problems by field, such that InvalidRequest says `message` again."""
+    parts = _FIELD.split(message)
+    if parts[0] or len(parts) == 1:
+        field, _, problem = message.partition(": ")
+        return {field: problem}
+    return dict(zip(parts[1::2], parts[2::2], strict=True))

@@ -1,0 +1,82 @@
+"""The client of a server, over gRPC.
+
+Each request is a `ModelStreamInfer` call of its own on one shared connection. Triton's streams can carry many requests, but an error
+on a stream does not say which request it belongs to, and a stream can only be cancelled as a whole. HTTP/2 multiplexes the calls
+anyway.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2_grpc
+
+from client import errors, wire
+from client.answers import Chunk
+from client.interface import LanguageModel, Responses
+
+
+class Client(LanguageModel):
+    """A client of the server at `url`; connects with the first call.
+
+    Arguments:
+        url: `host:port` of the server's gRPC endpoint.
+        model: which model answers. With `jax_lora`, closing a stream stops its generation on the server at once. `llm` is the front
+            door of ordinary clients, an ensemble: it gives the same answers, but generates them to their end.
+        headers: metadata for every call, for example the key of a protocol that the server restricts.
+    """
+
+    def __init__(self, url: str = wire.DEFAULT_URL, *, model: str = wire.DIRECT, headers: Mapping[str, str] | None = None):
+        self.url = url
+        self._model = model
+        self._metadata = tuple((headers or {}).items())
+        self._channel = grpc.insecure_channel(url, options=wire.CHANNEL_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def is_ready(self) -> bool:
+        """Whether the server and its models are ready.
+
+        Raises:
+            ServerUnreachable: there is no server.
+        """
+        return self._call(self._stub.ServerReady, wire.pb.ServerReadyRequest()).ready
+
+    def load_adapters(self) -> None:
+        try:
+            self._stub.RepositoryModelLoad(wire.load_request(), metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise errors.from_load(error, self.url) from None
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _start(self, fields: Mapping[str, Any], timeout_s: float | None) -> Responses:
+        request = wire.infer_request(self._model, fields, timeout_s)
+        call = self._stub.ModelStreamInfer(iter((request,)), metadata=self._metadata, timeout=wire.deadline(timeout_s))
+        return _Responses(call, self.url)
+
+    def _query(self, query: bytes) -> bytes:
+        return wire.catalogue_result(self._call(self._stub.ModelInfer, wire.catalogue_request(query)))
+
+    def _call(self, method: grpc.UnaryUnaryMultiCallable, request: Any) -> Any:
+        try:
+            return method(request, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise errors.from_rpc(error, self.url) from None
+
+
+class _Responses:
+    def __init__(self, call: Any, url: str):
+        self._call, self._url = call, url
+
+    def __next__(self) -> Chunk:
+        try:
+            response = next(self._call)
+        except grpc.RpcError as error:
+            raise errors.from_rpc(error, self._url) from None
+        if response.error_message:
+            raise errors.from_text(response.error_message)
+        return Chunk.of(wire.outputs(response.infer_response))
+
+    def close(self) -> None:
+        self._call.cancel()
