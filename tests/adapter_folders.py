@@ -46,7 +46,11 @@ def folder(path: pathlib.Path, **options: Any) -> pathlib.Path:
 
 def tensors_of(modules: peft.LoraAdapter) -> dict[str, np.ndarray]:
     """The tensors of an adapter by their name in the file."""
-    return {tensor_key(module, side): array for module, pair in modules.modules.items() for side, array in (("A", pair.a), ("B", pair.b))}
+    return {
+        tensor_key(module, side): array
+        for module, pair in modules.modules.items()
+        for side, array in (("A", pair.a), ("B", pair.b))
+    }
 
 
 def write_raw(path: pathlib.Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> pathlib.Path:

@@ -59,7 +59,9 @@ def test_tensors_are_those_that_the_safetensors_package_reads(name):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BFLOAT16], ids=str)
 def test_saving_what_was_loaded_gives_the_same_bytes(tmp_path, dtype):
-    first = folder(tmp_path / "first", dtype=dtype, lora_alpha=8.0, target_modules=["v_proj", "q_proj"], alpha_pattern={"v_proj": 3.0})
+    first = folder(
+        tmp_path / "first", dtype=dtype, lora_alpha=8.0, target_modules=["v_proj", "q_proj"], alpha_pattern={"v_proj": 3.0}
+    )
     second = tmp_path / "second"
     second.mkdir()
     peft.write(second, peft.read(first, BASE, LIMITS))
@@ -79,7 +81,9 @@ def test_what_is_written_is_read_back(tmp_path):
             "r": int(random.integers(1, 8)),
             "lora_alpha": float(random.choice([1, 2.5, 16])),
             "use_rslora": bool(random.integers(2)),
-            "target_modules": "all-linear" if case % 3 == 0 else sorted(random.choice(["q_proj", "o_proj", "up_proj", "2.mlp.down_proj"], 2, False)),
+            "target_modules": "all-linear"
+            if case % 3 == 0
+            else sorted(random.choice(["q_proj", "o_proj", "up_proj", "2.mlp.down_proj"], 2, False)),
             "rank_pattern": {r"layers\.1\..*": int(random.integers(1, 8))} if case % 2 else {},
             "alpha_pattern": {"q_proj": 7} if case % 4 else {},
         }

@@ -53,14 +53,20 @@ CONFIG_FAULTS = {
     "empty targets": ({"target_modules": []}, "target_modules"),
     "targets of another type": ({"target_modules": {"q_proj": 1}}, "target_modules"),
     "targets as a bad expression": ({"target_modules": "(q_proj"}, "regular expression"),
-    "targets that do not exist": ({"target_modules": ["q_proj", "v_proj", "c_attn"]}, "names no linear layer of this base model: c_attn"),
+    "targets that do not exist": (
+        {"target_modules": ["q_proj", "v_proj", "c_attn"]},
+        "names no linear layer of this base model: c_attn",
+    ),
     "targets without weights": ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "have no weights: .*k_proj"),
     "weights without targets": ({"target_modules": ["q_proj"]}, "not selected by target_modules: .*v_proj"),
     "all-linear with weights missing": ({"target_modules": "all-linear"}, "have no weights"),
     "another rank": ({"r": 3}, "ranks that differ from adapter_config.json: model.layers.0.self_attn.q_proj has 2, not 3"),
     "another rank by pattern": ({"rank_pattern": {"1.self_attn.v_proj": 4}}, "model.layers.1.self_attn.v_proj has 2, not 4"),
     "layers to transform of another type": ({"layers_to_transform": "1"}, "layers_to_transform"),
-    "layers to transform with an expression": ({"target_modules": ".*[qv]_proj", "layers_to_transform": [0]}, "need target_modules to be a list"),
+    "layers to transform with an expression": (
+        {"target_modules": ".*[qv]_proj", "layers_to_transform": [0]},
+        "need target_modules to be a list",
+    ),
 }
 
 
@@ -90,7 +96,10 @@ def poisoned(value, dtype):
 
 ONES = np.ones
 TENSOR_FAULTS = {
-    "a key of another base model": (replaced("base_model.model.transformer.h.0.attn.c_attn.lora_A.weight", ONES((2, 16))), "c_attn"),
+    "a key of another base model": (
+        replaced("base_model.model.transformer.h.0.attn.c_attn.lora_A.weight", ONES((2, 16))),
+        "c_attn",
+    ),
     "a key without the prefix": (replaced("model.layers.0.self_attn.q_proj.lora_A.weight", ONES((2, 16))), "no LoRA weights"),
     "a key with an adapter's name": (replaced(f"{Q0}.lora_A.default.weight", ONES((2, 16))), "no LoRA weights"),
     "a magnitude vector": (replaced(f"{Q0}.lora_magnitude_vector", ONES(16)), "no LoRA weights"),
@@ -100,8 +109,14 @@ TENSOR_FAULTS = {
     "B without A": (without(f"{Q0}.lora_A.weight"), "lora_B without lora_A: model.layers.0.self_attn.q_proj"),
     "a module that is missing": (without(f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"), "have no weights"),
     "no tensors at all": (lambda tensors: {}, "no tensors"),
-    "a layer that does not exist": (replaced(f"{Q0.replace('.0.', '.3.')}.lora_A.weight", ONES((2, 16))), r"this base model has 3\)"),
-    "A transposed": (lambda tensors: tensors | {f"{Q0}.lora_A.weight": ONES((16, 2))}, r"sizes that do not fit .*not \[r, 16\] and \[16, r\]"),
+    "a layer that does not exist": (
+        replaced(f"{Q0.replace('.0.', '.3.')}.lora_A.weight", ONES((2, 16))),
+        r"this base model has 3\)",
+    ),
+    "A transposed": (
+        lambda tensors: tensors | {f"{Q0}.lora_A.weight": ONES((16, 2))},
+        r"sizes that do not fit .*not \[r, 16\] and \[16, r\]",
+    ),
     "B of the wrong size": (replaced(f"{Q0}.lora_B.weight", ONES((8, 2))), "sizes that do not fit"),
     "A with three axes": (replaced(f"{Q0}.lora_A.weight", ONES((1, 2, 16))), r"not \[r, in\] and \[out, r\]"),
     "A with rank zero": (replaced(f"{Q0}.lora_A.weight", ONES((0, 16))), r"not \[r, in\] and \[out, r\]"),
@@ -119,7 +134,10 @@ TENSOR_FAULTS = {
 def test_tensor_faults_are_named(tmp_path, change, message):
     made = adapter()
     tensors = change(tensors_of(made))
-    tensors = {key: value.astype(np.float32) if value.dtype == np.float64 and "F64" not in message else value for key, value in tensors.items()}
+    tensors = {
+        key: value.astype(np.float32) if value.dtype == np.float64 and "F64" not in message else value
+        for key, value in tensors.items()
+    }
     with pytest.raises(AdapterInvalid, match=message):
         peft.validate(write_raw(tmp_path / "a", made.config, tensors), BASE, LIMITS)
 
@@ -230,7 +248,9 @@ def test_links_pipes_folders_and_missing_files_are_refused(tmp_path, name):
             (path / name).rmdir() if (path / name).is_dir() else (path / name).unlink()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"r": NaN}', '{"r": 1, "r": 2}', "[" * 100_000, " " * (1 << 20) + "{}", "\ud800"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"r": NaN}', '{"r": 1, "r": 2}', "[" * 100_000, " " * (1 << 20) + "{}", "\ud800"]
+)
 def test_configs_that_are_no_json_objects_are_refused(tmp_path, text):
     path = folder(tmp_path / "a")
     (path / peft.CONFIG_FILE).write_bytes(text.encode(errors="surrogatepass"))

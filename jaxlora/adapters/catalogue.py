@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxlora.adapters.names import AdapterName
 from jaxlora.adapters.policy import LATEST, NONE, Serve
-from jaxlora.adapters.store import Fingerprint, Store
+from jaxlora.adapters.store import Fingerprint, version_path
 from jaxlora.errors import AdapterNotFound, InvalidRequest
 
 SCHEMA = 1
@@ -88,11 +88,11 @@ class AdapterRecord:
 @dataclasses.dataclass(frozen=True)
 class Catalogue:
     """Everything about a store at one moment. `base` stands for the base model and limits that the versions were checked with,
-    `server` for the server process that last refreshed it."""
+    `servers` for the server processes that refreshed it last."""
 
     store: str = ""
     base: str = ""
-    server: str = ""
+    servers: tuple[str, ...] = ()
     adapters: Mapping[str, AdapterRecord] = dataclasses.field(default_factory=dict)
 
     def resolve(self, name: str | AdapterName) -> AdapterVersion:
@@ -154,15 +154,13 @@ class Catalogue:
             if raw.pop("schema") != SCHEMA:
                 raise ValueError("another schema")
             adapters = {name: _adapter_record(record) for name, record in raw.pop("adapters").items()}
-            return cls(**raw, adapters=adapters)
+            return cls(**raw | {"servers": tuple(raw["servers"]), "adapters": adapters})
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a catalogue: {error}") from None
 
     def _version(self, name: AdapterName, record: VersionRecord) -> AdapterVersion:
-        path = Store(self.store).version_path(name, name.version or 0)
-        return AdapterVersion(
-            name, record.sha256, record.config_sha256, record.rank, record.nbytes, path, record.target_modules
-        )
+        path = version_path(self.store, name)
+        return AdapterVersion(name, record.sha256, record.config_sha256, record.rank, record.nbytes, path, record.target_modules)
 
     def _of_user(self, user: str) -> str:
         prefix = f"{user}/"
@@ -243,11 +241,20 @@ def _version_record(raw: dict[str, Any]) -> VersionRecord:
 
 def _described(name: str, record: AdapterRecord, versions: Mapping[int, VersionRecord]) -> dict[str, Any]:
     user, _, adapter = name.partition("/")
-    described = {"name": name, "user": user, "adapter": adapter, "serving": record.serving(), "policy": {"serve": record.serve}}
+    described: dict[str, Any] = {
+        "name": name,
+        "user": user,
+        "adapter": adapter,
+        "serving": record.serving(),
+        "policy": {"serve": record.serve},
+    }
     if record.policy_problem:
         described["policy_problem"] = record.policy_problem
     described["versions"] = [
-        {"version": number, **{key: value for key, value in vars(version).items() if key != "fingerprint" and value not in ((), "")}}
+        {
+            "version": number,
+            **{key: value for key, value in vars(version).items() if key != "fingerprint" and value not in ((), "")},
+        }
         for number, version in versions.items()
     ]
     return described

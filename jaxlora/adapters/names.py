@@ -30,7 +30,11 @@ class AdapterName:
         match = _NAME.fullmatch(text) if len(text) <= MAX_NAME_LENGTH else None
         version = int(match[3]) if match and match[3] else None
         if match is None or (version or 1) > MAX_VERSION:
-            shown = f"{text!r} is not a valid name" if text.isprintable() and len(text) <= 80 else f"a name of {len(text)} characters is not valid"
+            shown = (
+                f"{text!r} is not a valid name"
+                if text.isprintable() and len(text) <= 80
+                else f"a name of {len(text)} characters is not valid"
+            )
             raise ValueError(f"{shown}: {RULE}")
         return cls(match[1], match[2], version)
 

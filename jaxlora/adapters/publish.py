@@ -1,7 +1,7 @@
 """Puts an adapter into the store as its next version: whole, or not at all.
 
-Written to `<version>.incoming-*`, synced, renamed. A version number is claimed under the lock of the adapter's folder and is never
-given twice. Whether the content can be served is decided by whoever loads it (`refresh`), which knows the base model.
+Written to `<version>.incoming-*`, synced, renamed. A version number is claimed under the lock of the adapter's folder and is
+never given twice. Whether the content can be served is for `refresh` to decide, which knows the base model.
 """
 
 import fcntl

@@ -1,8 +1,9 @@
 """Brings the catalogue up to date with the store: what the `adapters` model does when Triton loads it.
 
-A version is checked completely once, when it is first seen, and recognised by its inodes from then on. Valid versions go live even if
-others that came with them are not; those are recorded as rejected, and whatever was served before goes on being served. A version whose
-files change after it was accepted is withdrawn until they are as they were; the largest version that is still good takes its place.
+A version is checked completely once, when it is first seen, and recognised by its inodes from then on. Valid versions go live
+even if others that came with them are not; those are recorded as rejected, and what was served before goes on being served.
+A version whose files change after it was accepted is withdrawn until they are as they were; the largest one that is still good
+answers meanwhile.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from jaxlora import peft
 from jaxlora.adapters.catalogue import READY, REJECTED, REMOVED, AdapterRecord, Catalogue, VersionRecord
 from jaxlora.adapters.names import AdapterName
 from jaxlora.adapters.policy import Serve, read_policy
-from jaxlora.adapters.store import AdapterFolder, Store, fingerprint, is_real_folder
+from jaxlora.adapters.store import AdapterFolder, Fingerprint, Store, fingerprint, is_real_folder, version_path
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterInvalid
 from jaxlora.files import locked, replace
@@ -25,6 +26,8 @@ from jaxlora.peft.folder import read_json_file
 
 MAX_PROBLEMS = 20
 MAX_PROVENANCE = 16
+MAX_SERVERS = 16
+CHANGED = "its files are not those that were published under this version; versions never change: publish a new one"
 
 
 @dataclasses.dataclass
@@ -48,7 +51,9 @@ class Report:
     def lines(self) -> list[str]:
         """Everything, for a log."""
         lines = [f"refused {problem}" for problem in self.problems()]
-        lines += [f"{len(names)} {what}: {some(names)}" for what, names in (("new", self.added), ("removed", self.removed)) if names]
+        lines += [
+            f"{len(names)} {what}: {some(names)}" for what, names in (("new", self.added), ("removed", self.removed)) if names
+        ]
         return lines + self.warnings[:MAX_PROBLEMS]
 
 
@@ -62,7 +67,7 @@ def refresh(
     """Checks what is new in a store and replaces its catalogue. Only one process at a time does that.
 
     Arguments:
-        server: names the server process, the same for every refresh on its behalf.
+        server: names the server process, the same for every refresh on its behalf; several may use one store.
 
     Raises:
         OSError: the store can't be read or the catalogue can't be written.
@@ -71,7 +76,7 @@ def refresh(
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock"), create=True):
         old, warning = _last(path)
-        report = Report(first=not server or server != old.server, warnings=[warning] if warning else [])
+        report = Report(first=server not in old.servers, warnings=[warning] if warning else [])
         new = _Refresh(Store(store_root), old, model_config, limits, report).run(server)
         if new != old:
             replace(path, new.to_json())
@@ -85,6 +90,8 @@ class _Refresh:
         self._base = _base_of(model_config, limits)
 
     def run(self, server: str) -> Catalogue:
+        others = [known for known in self._old.servers if known != server]
+        servers = (*others[-MAX_SERVERS:], server) if server else self._old.servers
         adapters: dict[str, AdapterRecord] = {}
         unread: list[str] = []
         for found in self._store.scan():
@@ -100,7 +107,7 @@ class _Refresh:
             # What can't be read now is not gone: it goes on being served.
             kept = known.versions if name.startswith(tuple(unread)) else self._without_folder(name, known, set())
             adapters[name] = dataclasses.replace(known, versions=kept)
-        return Catalogue(str(self._store.root), self._base, server or self._old.server, adapters)
+        return Catalogue(str(self._store.root), self._base, servers, adapters)
 
     def _adapter(self, found: AdapterFolder) -> AdapterRecord:
         known = self._old.adapters.get(found.name.unpinned, AdapterRecord())
@@ -120,7 +127,7 @@ class _Refresh:
         return dataclasses.replace(record, serve=serve, policy_problem=problem)
 
     def _without_folder(self, name: str, known: AdapterRecord, present: set[int]) -> dict[int, VersionRecord]:
-        """The records of versions whose folder is gone. The hashes of what was once served are kept: no other content may take its number."""
+        """Records of versions whose folder is gone. What was served once keeps its hashes: nothing else may take its number."""
         gone = {}
         for number, record in known.versions.items():
             if number in present:
@@ -132,40 +139,32 @@ class _Refresh:
         return gone
 
     def _version(self, name: AdapterName, known: VersionRecord | None) -> VersionRecord:
-        path = self._store.version_path(name, name.version or 0)
-        seen = fingerprint(path)
+        path = version_path(self._store.root, name)
+        seen: Fingerprint | None = fingerprint(path)
         same_files = known is not None and known.fingerprint == seen
         if known is not None and same_files and self._old.base == self._base:
             return known
+        accepted, problems = None, []
         try:
-            if not is_real_folder(path):
-                raise AdapterInvalid(["it is a symbolic link or a file, not a folder"])
-            info = peft.validate(path, self._model_config, self._limits)
-            provenance = _provenance(path)
-            problems = []
+            accepted = self._accept(path)
         except AdapterInvalid as error:
-            info, provenance, problems = None, {}, error.problems
+            problems = error.problems
         except OSError as error:
             # Not a verdict on the files: without a fingerprint they are looked at again next time.
-            info, provenance, problems, seen = None, {}, [f"it can't be read ({error.strerror})"], None
-        published = known is not None and known.sha256 != ""
-        if published and not same_files and (info is None or (info.sha256, info.config_sha256) != (known.sha256, known.config_sha256)):
-            problems = ["its files are not those that were published under this version; versions never change: publish a new one", *problems]
-        if problems or info is None:
-            kept = known if published else VersionRecord(REJECTED)
-            return dataclasses.replace(kept, state=REJECTED, fingerprint=seen, problems=tuple(problems[:MAX_PROBLEMS]))
-        return VersionRecord(
-            state=READY,
-            fingerprint=seen,
-            sha256=info.sha256,
-            config_sha256=info.config_sha256,
-            rank=info.rank,
-            target_modules=info.target_modules,
-            num_modules=info.num_modules,
-            nbytes=info.nbytes,
-            published=os.stat(path).st_mtime,
-            provenance=provenance,
-        )
+            problems, seen = [f"it can't be read ({error.strerror})"], None
+        before = known if known is not None and known.sha256 else None
+        if before is not None and not same_files and (accepted is None or not _same_content(accepted, before)):
+            problems = [CHANGED, *problems]
+        if accepted is not None and not problems:
+            return dataclasses.replace(accepted, fingerprint=seen)
+        rejected = before or VersionRecord(REJECTED)
+        return dataclasses.replace(rejected, state=REJECTED, fingerprint=seen, problems=tuple(problems[:MAX_PROBLEMS]))
+
+    def _accept(self, path: pathlib.Path) -> VersionRecord:
+        if not is_real_folder(path):
+            raise AdapterInvalid(["it is a symbolic link or a file, not a folder"])
+        info = peft.validate(path, self._model_config, self._limits)
+        return VersionRecord(READY, published=os.stat(path).st_mtime, provenance=_provenance(path), **vars(info))
 
     def _policy(self, found: AdapterFolder, record: AdapterRecord) -> tuple[Serve, str]:
         """The policy in force, and what is wrong with the one in the store."""
@@ -177,6 +176,10 @@ class _Refresh:
             ready = ", ".join(map(str, record.ready()[-MAX_PROBLEMS:])) or "none"
             return record.serve, f"policy.json serves version {wanted}, which can't be served; versions that can: {ready}"
         return wanted, ""
+
+
+def _same_content(one: VersionRecord, other: VersionRecord) -> bool:
+    return (one.sha256, one.config_sha256) == (other.sha256, other.config_sha256)
 
 
 def _is_news(before: VersionRecord | None, after: VersionRecord) -> bool:
@@ -206,5 +209,9 @@ def _provenance(path: pathlib.Path) -> dict[str, Any]:
     _, content = read_json_file(file)
     if not isinstance(content, dict):
         raise AdapterInvalid([f"{peft.PROVENANCE_FILE} is no JSON object"])
-    plain = {key[:64]: value[:200] if isinstance(value, str) else value for key, value in content.items() if isinstance(value, str | int | float)}
+    plain = {
+        key[:64]: value[:200] if isinstance(value, str) else value
+        for key, value in content.items()
+        if isinstance(value, str | int | float)
+    }
     return dict(sorted(plain.items())[:MAX_PROVENANCE])

@@ -1,4 +1,4 @@
-"""Where things lie in the adapter store: `users/<user_id>/adapters/<adapter_id>/<version>/`, and `policy.json` beside the versions.
+"""Where things lie in the adapter store: `users/<user_id>/adapters/<adapter_id>/<version>/`, `policy.json` beside the versions.
 
 Every path is built from names that match their pattern, and nothing at or below `users` may be a symbolic link, so nothing that
 is reached here lies outside the store. Knows names and files; knows nothing of what is in them.
@@ -39,7 +39,7 @@ class AdapterFolder:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """Something in the store that was not looked at. `unread` is true where adapters whose key starts with `prefix` may lie behind it."""
+    """What was not looked at in the store. Where `unread` is true, adapters whose key starts with `prefix` may lie behind it."""
 
     text: str
     prefix: str = ""
@@ -53,10 +53,8 @@ class Store:
         self.root = pathlib.Path(os.path.realpath(root))
 
     def adapter_path(self, name: AdapterName) -> pathlib.Path:
-        return self.root / "users" / name.user / "adapters" / name.adapter
-
-    def version_path(self, name: AdapterName, version: int) -> pathlib.Path:
-        return self.adapter_path(name) / str(version)
+        """The folder of an adapter, there or not."""
+        return pathlib.Path(self.root, "users", name.user, "adapters", name.adapter)
 
     def make_adapter_path(self, name: AdapterName) -> pathlib.Path:
         """The folder of an adapter, created if need be. Raises NotADirectoryError where a link or a file is in the way."""
@@ -100,6 +98,11 @@ class Store:
         return AdapterFolder(dataclasses.replace(name, version=None), path, tuple(versions), tuple(incoming))
 
 
+def version_path(store: str | os.PathLike[str], name: AdapterName) -> pathlib.Path:
+    """The folder of one version, there or not. `store` is the root of the store, `name` has a version."""
+    return pathlib.Path(store, "users", name.user, "adapters", name.adapter, str(name.version))
+
+
 def is_incoming(name: str) -> bool:
     """Whether a folder name is that of a version that is still being written."""
     return _INCOMING.fullmatch(name) is not None
@@ -109,15 +112,15 @@ def fingerprint(path: pathlib.Path) -> Fingerprint:
     """What changes when a version's files are changed, from their inodes alone. Empty for a path that is no real folder."""
     if not is_real_folder(path):
         return ()
-    return tuple(file_fingerprint(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE))
+    return tuple(_file_fingerprint(os.path.join(path, name)) for name in (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE))
 
 
-def file_fingerprint(path: pathlib.Path) -> tuple[int, ...]:
-    """The same of one file; empty if it is not there. The change time can't be set by hand, unlike the modification time."""
+def _file_fingerprint(path: str) -> tuple[int, ...]:
     try:
         found = os.lstat(path)
     except OSError:
         return ()
+    # The change time too: it can't be set by hand, unlike the modification time.
     return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from jaxlora.config import OUTPUT_LAYER, LinearAt, ModelConfig
 from jaxlora.peft.config import AdapterConfig
-from jaxlora.peft.patterns import TIME_LIMIT_S, PatternTooSlow
+from jaxlora.peft.patterns import TIME_LIMIT_S, PatternTimeoutError
 from jaxlora.peft.tensors import DTYPES, TensorAt, shorten
 from jaxlora.settings import Settings
 
@@ -55,9 +55,7 @@ class _Problems:
         return [f"{kind}: {some(things)}" for kind, things in self._kinds.items()]
 
 
-def check_tensors(
-    tensors: Mapping[str, TensorAt], config: AdapterConfig | None, model: ModelConfig, limits: Limits
-) -> list[str]:
+def check_tensors(tensors: Mapping[str, TensorAt], config: AdapterConfig | None, model: ModelConfig, limits: Limits) -> list[str]:
     found = _Problems()
     linears = model.linear_paths()
     sides: dict[str, dict[str, TensorAt]] = {}
@@ -83,7 +81,7 @@ def check_tensors(
     if config is not None:
         try:
             _check_against_config(found, sides, config, linears)
-        except PatternTooSlow:
+        except PatternTimeoutError:
             found.add(f"regular expressions that take longer than {TIME_LIMIT_S:g} s", "adapter_config.json")
     return found.lines()
 
@@ -98,7 +96,9 @@ def _check_pair(found: _Problems, module: str, pair: Mapping[str, TensorAt], lin
         found.add("shapes that are not [r, in] and [out, r]", shapes)
         return
     if a[1] != linear.in_features or b[0] != linear.out_features:
-        found.add("sizes that do not fit this base model", f"{shapes}, not [r, {linear.in_features}] and [{linear.out_features}, r]")
+        found.add(
+            "sizes that do not fit this base model", f"{shapes}, not [r, {linear.in_features}] and [{linear.out_features}, r]"
+        )
     if a[0] != b[1]:
         found.add("different ranks of lora_A and lora_B", shapes)
     if max(a[0], b[1]) > limits.max_rank:
@@ -110,12 +110,14 @@ def _check_against_config(
 ) -> None:
     found.add("target_modules names no linear layer of this base model", *config.targets_without_a_module(linears))
     selected = {module for module in linears if config.selects(module)}
-    found.add("modules that target_modules selects have no weights", *(module for module in linears if module in selected - set(sides)))
+    found.add(
+        "modules that target_modules selects have no weights", *(module for module in linears if module in selected - set(sides))
+    )
     found.add("modules with weights are not selected by target_modules", *(module for module in sides if module not in selected))
     for module, pair in sides.items():
         shape = pair["A"].shape if "A" in pair else ()
         if shape and shape[0] != config.rank(module):
-            found.add(f"ranks that differ from adapter_config.json", f"{module} has {shape[0]}, not {config.rank(module)}")
+            found.add("ranks that differ from adapter_config.json", f"{module} has {shape[0]}, not {config.rank(module)}")
 
 
 def some(things: Iterable[str], limit: int = 5) -> str:

@@ -1,10 +1,9 @@
-"""`adapter_config.json`: what of it is applied, what changes nothing, and what is refused by name.
+"""`adapter_config.json`: the rank and the scale of each module, and which modules an adapter is for.
 
 Semantics: `LoraConfig` of peft 0.21. Knows module names, no tensors.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,76 +11,11 @@ from typing import Any
 from jaxlora.config import OUTPUT_LAYER
 from jaxlora.errors import AdapterInvalid
 from jaxlora.peft import patterns
+from jaxlora.peft.options import DEFAULTS, refusals, shown
 from jaxlora.peft.tensors import shorten
 
 ALL_LINEAR = "all-linear"
 MAX_PATTERN_KEYS = 4096
-
-# Every field of LoraConfig with the value that leaves it out; this is also what `new_config` starts from.
-DEFAULTS: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "alpha_pattern": {},
-    "arrow_config": None,
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "bias": "none",
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "exclude_modules": None,
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "init_lora_weights": True,
-    "kasa_config": None,
-    "layer_replication": None,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "loftq_config": {},
-    "lora_alpha": 8,
-    "lora_bias": False,
-    "lora_dropout": 0.0,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "modules_to_save": None,
-    "monteclora_config": None,
-    "peft_type": "LORA",
-    "peft_version": None,
-    "qalora_group_size": 16,
-    "r": 8,
-    "rank_pattern": {},
-    "revision": None,
-    "target_modules": None,
-    "target_parameters": None,
-    "task_type": "CAUSAL_LM",
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_dora": False,
-    "use_qalora": False,
-    "use_rslora": False,
-    "velora_config": None,
-}
-# Read by `AdapterConfig.from_dict`, or without any effect on a finished adapter.
-_APPLIED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules"}
-_APPLIED |= {"layers_to_transform", "layers_pattern", "init_lora_weights", "peft_type"}
-_WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "qalora_group_size"}
-_WITHOUT_EFFECT |= {"megatron_core", "revision", "runtime_config", "task_type", "ensure_weight_tying", "eva_config"}
-_WITHOUT_EFFECT |= {"loftq_config", "corda_config", "lora_ga_config"}  # used only by the `init_lora_weights` of the same name
-_REASONS = {
-    "alora_invocation_tokens": "activated LoRA applies from some tokens on",
-    "bias": "trained biases are not applied",
-    "fan_in_fan_out": "the adapter was made for a base model with transposed layers",
-    "kasa_config": "KaSA changes the base weights",
-    "layer_replication": "the adapter was made for another stack of layers",
-    "lora_bias": "biases of lora_B are not applied",
-    "modules_to_save": "modules that were trained in full are not applied",
-    "target_parameters": "only whole linear layers can be adapted",
-    "trainable_token_indices": "trained embeddings are not applied",
-    "use_dora": "DoRA is not plain LoRA",
-    "use_qalora": "QALoRA is not plain LoRA",
-}
-# Initialisations that leave the base model as it is. The others move a part of the base weights into the adapter.
-_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +40,8 @@ class AdapterConfig:
         if not isinstance(raw, Mapping):
             raise AdapterInvalid(["adapter_config.json is no JSON object"])
         read = _Reader(raw)
-        read.refuse_what_is_not_applied()
+        for refusal in refusals(raw):
+            read.problem(refusal)
         config = cls(
             r=read.rank("r"),
             alpha=read.number("lora_alpha"),
@@ -155,7 +90,9 @@ class AdapterConfig:
         """The entries of `target_modules` that name none of these modules."""
         modules = list(modules)
         if isinstance(self.target_modules, str):
-            found = self.target_modules.lower() == ALL_LINEAR or any(self._matcher.full(self.target_modules, name) for name in modules)
+            found = self.target_modules.lower() == ALL_LINEAR or any(
+                self._matcher.full(self.target_modules, name) for name in modules
+            )
             return [] if found else [self.target_modules]
         return [item for item in self.target_modules if not any(patterns.in_list([item], name) for name in modules)]
 
@@ -210,39 +147,24 @@ class _Reader:
     def problem(self, text: str) -> None:
         self.problems.append(f"adapter_config.json: {text}")
 
-    def refuse_what_is_not_applied(self) -> None:
-        if self._raw.get("peft_type") != "LORA":
-            self.problem(f"peft_type is {_shown(self._raw.get('peft_type'))}, only LORA is served")
-        for key, value in self._raw.items():
-            if key in _APPLIED or key in _WITHOUT_EFFECT or value in (None, False, DEFAULTS.get(key)) or value in ([], {}, ""):
-                continue
-            reason = _REASONS.get(key, "it is not plain LoRA" if key in DEFAULTS else "this option is not known here")
-            self.problem(f"{shorten(key)} is {_shown(value)}, which can't be served: {reason}")
-        init = self._raw.get("init_lora_weights", True)
-        if not any(init is known or (isinstance(init, str) and init == known) for known in _INITS):
-            self.problem(
-                f"init_lora_weights is {_shown(init)}, which changes the base weights; convert the adapter to plain LoRA first"
-                " (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
-            )
-
     def rank(self, key: str) -> int:
         value = self._raw.get(key, DEFAULTS[key])
         if not _is_rank(value):
-            self.problem(f"{key} is {_shown(value)}, not a whole number from 1")
+            self.problem(f"{key} is {shown(value)}, not a whole number from 1")
             return 1
         return value
 
     def number(self, key: str) -> float:
         value = self._raw.get(key, DEFAULTS[key])
         if not _is_number(value):
-            self.problem(f"{key} is {_shown(value)}, not a number")
+            self.problem(f"{key} is {shown(value)}, not a number")
             return 1.0
         return value
 
     def flag(self, key: str) -> bool:
         value = self._raw.get(key)
         if value is not None and not isinstance(value, bool):
-            self.problem(f"{key} is {_shown(value)}, not true or false")
+            self.problem(f"{key} is {shown(value)}, not true or false")
         return value is True
 
     def pattern_table(self, key: str, valid: Any, what: str) -> dict[str, Any]:
@@ -252,7 +174,7 @@ class _Reader:
             return {}
         for pattern, value in table.items():
             if not valid(value):
-                self.problem(f"{key}: {shorten(pattern)} is {_shown(value)}, not {what}")
+                self.problem(f"{key}: {shorten(pattern)} is {shown(value)}, not {what}")
             self._check_pattern(key, pattern, patterns.as_expression(pattern))
         return table
 
@@ -262,10 +184,15 @@ class _Reader:
             if value.lower() != ALL_LINEAR:
                 self._check_pattern(key, value, value)
             return value
-        if isinstance(value, list) and value and len(value) <= MAX_PATTERN_KEYS and all(isinstance(item, str) and item for item in value):
+        if (
+            isinstance(value, list)
+            and value
+            and len(value) <= MAX_PATTERN_KEYS
+            and all(isinstance(item, str) and item for item in value)
+        ):
             return tuple(value)
         if required or value not in (None, [], ""):
-            self.problem(f"{key} is {_shown(value)}; it has to be a list of module names or a string")
+            self.problem(f"{key} is {shown(value)}; it has to be a list of module names or a string")
         return ()
 
     def layers(self) -> tuple[int, ...] | None:
@@ -274,7 +201,7 @@ class _Reader:
         if numbers is None or numbers == []:
             return None
         if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
-            self.problem(f"layers_to_transform is {_shown(value)}, not a list of layer numbers")
+            self.problem(f"layers_to_transform is {shown(value)}, not a list of layer numbers")
             return None
         return tuple(numbers)
 
@@ -282,16 +209,16 @@ class _Reader:
         value = self._raw.get("layers_pattern") or []
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list) or len(names) > 64 or not all(isinstance(name, str) for name in names):
-            self.problem(f"layers_pattern is {_shown(value)}, not a list of names")
+            self.problem(f"layers_pattern is {shown(value)}, not a list of names")
             return ()
         for name in names:
             self._check_pattern("layers_pattern", name, patterns.as_expression(name))
         return tuple(names)
 
-    def _check_pattern(self, key: str, shown: str, expression: str) -> None:
+    def _check_pattern(self, key: str, written: str, expression: str) -> None:
         problem = patterns.check(expression)
         if problem:
-            self.problem(f"{key}: {shorten(shown)} {problem}")
+            self.problem(f"{key}: {shorten(written)} {problem}")
 
 
 def _is_rank(value: Any) -> bool:
@@ -304,7 +231,3 @@ def _is_number(value: Any) -> bool:
 
 def _whole_where_it_is(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _shown(value: Any) -> str:
-    return shorten(json.dumps(value, default=repr), 60)

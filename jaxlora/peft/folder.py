@@ -189,7 +189,7 @@ def _load(folder: pathlib.Path, model: ModelConfig, limits: Limits, keep: bool) 
         problems += error.problems
     if problems or config is None:
         raise AdapterInvalid(problems)
-    modules = sorted({module_of(name)[0] for name in file.tensors})
+    modules = sorted({key[0] for key in map(module_of, file.tensors) if key})
     info = AdapterInfo(
         sha256=file.sha256,
         config_sha256=hashlib.sha256(config_data).hexdigest(),

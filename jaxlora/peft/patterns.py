@@ -1,7 +1,7 @@
-"""How PEFT's `adapter_config.json` picks modules by name: lists of suffixes, regular expressions, and keys of rank and alpha patterns.
+"""How `adapter_config.json` picks modules by name: lists of suffixes, regular expressions, keys of rank and alpha patterns.
 
-Semantics: peft 0.21, `check_target_module_exists` and `get_pattern_key`. The expressions come from whoever publishes an adapter, so they
-run with a time limit (Python's `re` has none; `regex` agrees with it on the syntax that `check` lets through).
+Semantics: peft 0.21, `check_target_module_exists` and `get_pattern_key`. The expressions come from whoever publishes an adapter,
+so they run with a time limit (Python's `re` has none; `regex` agrees with it on the syntax that `check` lets through).
 """
 
 import re
@@ -19,7 +19,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.]+")
 _COUNTED = re.compile(r"\{(\d*)(,?)(\d*)\}")
 
 
-class PatternTooSlow(ValueError):
+class PatternTimeoutError(ValueError):
     """The expressions of one adapter took longer than `TIME_LIMIT_S` together."""
 
 
@@ -45,7 +45,7 @@ class Matcher:
 
     def _fullmatch(self, pattern: str, name: str) -> bool:
         if self._left_s <= 0:
-            raise PatternTooSlow
+            raise PatternTimeoutError
         started = time.monotonic()
         try:
             compiled = self._compiled.get(pattern)
@@ -54,7 +54,7 @@ class Matcher:
             return compiled.fullmatch(name, timeout=self._left_s) is not None
         except TimeoutError:
             self._left_s = 0
-            raise PatternTooSlow from None
+            raise PatternTimeoutError from None
         finally:
             self._left_s -= time.monotonic() - started
 

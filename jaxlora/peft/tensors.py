@@ -61,7 +61,7 @@ class TensorFile:
         except BaseException:
             self.close()
             raise
-        self.sha256: str | None = None
+        self.sha256 = ""
 
     def __enter__(self) -> "TensorFile":
         return self
@@ -80,6 +80,7 @@ class TensorFile:
         When it is exhausted, `sha256` holds the hexadecimal hash of the bytes that were read, which are the whole file.
         """
         digest = hashlib.sha256(self._head)
+        self.sha256 = ""
         for name, at in self.tensors.items():
             data = np.empty(at.end - at.begin, np.uint8)
             self._read_into(data, len(self._head) + at.begin)
@@ -94,7 +95,9 @@ class TensorFile:
         self._read_into(prefix, 0)
         length = int.from_bytes(prefix.tobytes(), "little")
         if length > MAX_HEADER_BYTES:
-            raise AdapterInvalid([f"{self._name} is no safetensors file: its header would have {length} bytes, the limit is {MAX_HEADER_BYTES}"])
+            raise AdapterInvalid(
+                [f"{self._name} is no safetensors file: its header would have {length} bytes, the limit is {MAX_HEADER_BYTES}"]
+            )
         if 8 + length > self.size:
             raise AdapterInvalid([f"{self._name} is truncated: its header needs {8 + length} bytes, the file has {self.size}"])
         header = np.empty(length, np.uint8)
@@ -127,7 +130,9 @@ class TensorFile:
             offset = at.end
         held = self.size - len(self._head)
         if offset > held:
-            raise AdapterInvalid([f"{self._name} is truncated: its header promises {offset} bytes of tensors, the file holds {held}"])
+            raise AdapterInvalid(
+                [f"{self._name} is truncated: its header promises {offset} bytes of tensors, the file holds {held}"]
+            )
         if offset < held:
             raise AdapterInvalid([f"{self._name} holds {held - offset} bytes that no tensor accounts for"])
         return tensors

@@ -4,8 +4,8 @@ In an environment with torch, transformers and peft:
 
     python tests/references/make_peft_folders.py
 
-Each folder is an adapter on a tiny random Llama (`TINY`, the same as in tests/adapter_folders.py). `recorded.json` beside them holds, for
-each, rank and scale of every module that PEFT adapts.
+Each folder is an adapter on a tiny random Llama (`TINY`, the same as in tests/adapter_folders.py). `recorded.json` beside them
+holds, for each, rank and scale of every module that PEFT adapts.
 """
 
 import json
@@ -34,7 +34,11 @@ CONFIGS = {
     "regex": {"r": 2, "lora_alpha": 4, "target_modules": r".*layers\.[12]\.(self_attn\.[qv]|mlp\.down)_proj"},
     "some_layers": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
     "one_layer_by_pattern": {
-        "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj"],
+        "layers_to_transform": 1,
+        "layers_pattern": "layers",
     },
     "excluded": {"r": 2, "lora_alpha": 4, "target_modules": ALL, "exclude_modules": ["o_proj", "layers.1.mlp.up_proj"]},
     "full_paths": {"r": 2, "lora_alpha": 4, "target_modules": ["model.layers.0.self_attn.q_proj", "1.mlp.gate_proj"]},
@@ -55,7 +59,7 @@ CONFIGS = {
 
 
 def make(folder: pathlib.Path, name: str, options: dict) -> dict[str, list[float]]:
-    """Writes one adapter with random weights and returns rank and scale by module path, as PEFT has them after it loaded the folder."""
+    """Writes one adapter with random weights; returns rank and scale by module path, as PEFT has them after loading it."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**TINY)
     model = peft.get_peft_model(transformers.LlamaForCausalLM(config), peft.LoraConfig(task_type="CAUSAL_LM", **options))
