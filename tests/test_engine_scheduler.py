@@ -250,8 +250,10 @@ def test_a_request_that_waits_for_its_adapter_does_not_hold_the_others(engine, r
 
 def test_rows_run_with_the_bank_slot_of_their_adapter(engine, program, readers):
     readers.arrive("a", "b")
+    for key in "ab":
+        submit(engine, adapter=key, max_tokens=1).wait()
     program.gate.clear()
-    answers = [submit(engine, (at,), adapter=key, max_tokens=9) for at, key in ((10, "a"), (20, None), (30, "b"))]
+    answers = [submit(engine, (at,), adapter=key, max_tokens=30) for at, key in ((10, "a"), (20, None), (30, "b"))]
     program.gate.set()
     assert all(answer.wait().error is None for answer in answers)
     assert sorted(program.placed) == [0, 1]
