@@ -262,4 +262,4 @@ def _new_log(folder: pathlib.Path, keep: int = 10) -> pathlib.Path:
     """A name for a new log in `folder`, from which all but the newest are removed."""
     for old in sorted(folder.glob("triton-*.log"))[: 1 - keep]:
         old.unlink(missing_ok=True)
-    return folder / time.strftime(f"triton-%Y%m%d-%H%M%S-{os.getpid()}.log", time.gmtime())
+    return folder / time.strftime(f"triton-%Y%m%d-%H%M%S-{uuid.uuid4().hex[:6]}.log", time.gmtime())

@@ -214,8 +214,8 @@ class TestBackend:
 
     @pytest.mark.usefixtures("pb_utils")
     def test_errors_keep_their_code_and_text_and_the_unexpected_keeps_its_text_to_the_log(self, capsys):
-        assert backend.error_response(InvalidRequest({"seed": "is bad"})) == ("seed: is bad", "INVALID_ARG")
-        assert backend.error_response(AdapterNotFound("no such adapter")) == ("no such adapter", "NOT_FOUND")
+        assert backend.error_response(InvalidRequest({"seed": "is bad"})) == ("INVALID_ARG: seed: is bad", "INVALID_ARG")
+        assert backend.error_response(AdapterNotFound("no such adapter")) == ("NOT_FOUND: no such adapter", "NOT_FOUND")
         text, code = backend.error_response(ValueError("/secret/path"))
         assert (code, "secret" in text) == ("INTERNAL", False) and "ValueError" in text
         assert "/secret/path" in capsys.readouterr().err

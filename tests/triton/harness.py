@@ -20,6 +20,8 @@ from server import preflight, repository
 from server.launch import TritonServer
 
 START_TIMEOUT_S = 240
+CACHE = repository.PROJECT / "cache" / "tests"
+"""Keeps what compiling takes long from one run to the next."""
 ANSWER_TIMEOUT_S = 60
 
 _TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -102,7 +102,7 @@ def test_a_bad_request_among_others_does_not_touch_them(ids, tokenizer):
     texts = [f"request {number}" if number % 3 else "x" * (LIMIT + 1) for number in range(48)]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(answer, texts))
-    too_long = f"text_input: has {LIMIT + 1} bytes, over the limit of {LIMIT} (MAX_PROMPT_BYTES)"
+    too_long = f"INVALID_ARG: text_input: has {LIMIT + 1} bytes, over the limit of {LIMIT} (MAX_PROMPT_BYTES)"
     assert answers == [tokenizer.encode(text) if len(text) <= LIMIT else too_long for text in texts]
 
 
