@@ -1,7 +1,10 @@
 """Group-relative policy optimisation (Shao et al. 2024, DeepSeekMath): advantages from the rewards of a group, and the clipped loss.
 
-Pure functions: the advantages on the host, in NumPy; the loss of log-probabilities, in JAX. They know no model and no reward.
-Letters in shapes: P prompts, G answers of each, N = P * G answers, T tokens.
+The advantages are computed on the host, in NumPy; the loss is one as `training.losses` defines them. Neither knows where answers and
+rewards come from. Letters in shapes: P prompts, G answers of each, B answers of a batch, T tokens.
+
+A batch has `tokens` int32 `[B, T]` (prompt and answer), `mask` `[B, T]`, `advantages` float32 `[B]`, and `old_logps` float32 `[B, T]`: the
+log-probabilities under the policy that sampled the answers. Without `old_logps` that policy is the one being trained, as it is.
 """
 
 import dataclasses
@@ -11,14 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from training.losses import Batch, LogProbs, Terms
+
 NORMALISATIONS = ("grpo", "dapo", "dr_grpo")
 SCALES = ("group", "batch", "none")
 _EPSILON = 1e-4  # keeps a group of nearly equal rewards from being blown up; TRL's value
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
-    """What of GRPO can be chosen.
+class GrpoLoss:
+    """The clipped loss (DeepSeekMath, equation 3, negated), with the k3 estimate of the divergence from the reference (equation 4).
+
+    Metrics, by token: `kl`, and the shares `clip/low` and `clip/high` of tokens whose gradient the clipping takes away.
 
     Attributes:
         normalisation: `grpo`: the mean over answers of their means over tokens; `dapo`: the mean over all tokens (Yu et al. 2025);
@@ -26,6 +33,7 @@ class Objective:
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         kl: weight of the divergence from the reference; 0 needs no reference.
         max_completion: most tokens of an answer.
+        temperature: at which the answers were sampled; the policy that is improved is the one that was sampled from.
     """
 
     normalisation: str = "grpo"
@@ -33,6 +41,38 @@ class Objective:
     clip_high: float = 0.2
     kl: float = 0.0
     max_completion: int = 256
+    temperature: float = 1.0
+
+    def __call__(self, policy: LogProbs, reference: LogProbs, batch: Batch) -> Terms:
+        mask = batch["mask"].astype(jnp.float32)
+        logps = policy(batch["tokens"], temperature=self.temperature)
+        old_logps = batch["old_logps"] if "old_logps" in batch else jax.lax.stop_gradient(logps)
+        gain = batch["advantages"][:, None]
+        # Where the mask is 0 the log-probabilities mean nothing, and an overflow there would make NaN of the whole sum.
+        ratio = jnp.exp(jnp.where(mask > 0, logps - old_logps, 0.0))
+        clipped = jnp.clip(ratio, 1 - self.clip_low, 1 + self.clip_high)
+        loss = -jnp.minimum(ratio * gain, clipped * gain)
+        tokens = mask.sum(axis=1)
+        metrics = {
+            "clip/low": (jnp.sum(((ratio < 1 - self.clip_low) & (gain < 0)) * mask), tokens.sum()),
+            "clip/high": (jnp.sum(((ratio > 1 + self.clip_high) & (gain > 0)) * mask), tokens.sum()),
+        }
+        if self.kl:
+            off = jnp.where(mask > 0, reference(batch["tokens"], temperature=self.temperature) - logps, 0.0)
+            divergence = jnp.exp(off) - off - 1
+            loss = loss + self.kl * divergence
+            metrics["kl"] = (jnp.sum(divergence * mask), tokens.sum())
+        return Terms(*self._normalise(loss * mask, tokens), metrics)
+
+    def _normalise(self, loss: Array, tokens: Array) -> tuple[Array, Array]:
+        answers = jnp.sum(tokens > 0).astype(jnp.float32)
+        if self.normalisation == "grpo":
+            return jnp.sum(jnp.sum(loss, axis=1) / jnp.maximum(tokens, 1)), answers
+        if self.normalisation == "dapo":
+            return jnp.sum(loss), tokens.sum()
+        if self.normalisation == "dr_grpo":
+            return jnp.sum(loss), answers * self.max_completion
+        raise ValueError(f"{self.normalisation!r} is none of {', '.join(NORMALISATIONS)}")
 
 
 def advantages(rewards: np.ndarray, scale: str = "group") -> np.ndarray:
@@ -58,48 +98,3 @@ def advantages(rewards: np.ndarray, scale: str = "group") -> np.ndarray:
     elif scale != "none":
         raise ValueError(f"{scale!r} is none of {', '.join(SCALES)}")
     return centred.astype(np.float32)
-
-
-def policy_loss(
-    objective: Objective, logps: Array, old_logps: Array, advantages: Array, mask: Array, ref_logps: Array | None = None
-) -> tuple[Array, Array, dict[str, tuple[Array, Array]]]:
-    """The clipped loss (DeepSeekMath, equation 3, negated), with the k3 estimate of the divergence (equation 4).
-
-    Arguments:
-        logps: float32 `[N, T]` of the answers' tokens under the policy that is trained.
-        old_logps: the same under the policy that sampled them, without a gradient.
-        advantages: float32 `[N]`.
-        mask: `[N, T]`, 1 on the tokens of an answer. A row without any counts for nothing.
-        ref_logps: float32 `[N, T]` under the reference; needed where `objective.kl` is not 0.
-
-    Returns:
-        (sum, denominator, metrics): the loss is sum / denominator. Metrics are (sum, denominator) too: `kl`, `clip/low`, `clip/high`
-        by token.
-    """
-    mask = mask.astype(jnp.float32)
-    gain = advantages[:, None]
-    # Where the mask is 0 the log-probabilities mean nothing, and an overflow there would make NaN of the whole sum.
-    ratio = jnp.exp(jnp.where(mask > 0, logps - old_logps, 0.0))
-    clipped = jnp.clip(ratio, 1 - objective.clip_low, 1 + objective.clip_high)
-    loss = -jnp.minimum(ratio * gain, clipped * gain)
-    tokens = mask.sum(axis=1)
-    total = tokens.sum()
-    metrics = {
-        "clip/low": (jnp.sum(((ratio < 1 - objective.clip_low) & (gain < 0)) * mask), total),
-        "clip/high": (jnp.sum(((ratio > 1 + objective.clip_high) & (gain > 0)) * mask), total),
-    }
-    if objective.kl:
-        if ref_logps is None:
-            raise ValueError("the divergence from the reference needs the reference's log-probabilities")
-        off = jnp.where(mask > 0, ref_logps - logps, 0.0)
-        divergence = jnp.exp(off) - off - 1
-        loss = loss + objective.kl * divergence
-        metrics["kl"] = (jax.lax.stop_gradient(jnp.sum(divergence * mask)), total)
-    answers = jnp.sum(tokens > 0).astype(jnp.float32)
-    if objective.normalisation == "grpo":
-        return jnp.sum(jnp.sum(loss * mask, axis=1) / jnp.maximum(tokens, 1)), answers, metrics
-    if objective.normalisation == "dapo":
-        return jnp.sum(loss * mask), total, metrics
-    if objective.normalisation == "dr_grpo":
-        return jnp.sum(loss * mask), answers * objective.max_completion, metrics
-    raise ValueError(f"{objective.normalisation!r} is none of {', '.join(NORMALISATIONS)}")

@@ -1,9 +1,14 @@
-"""Losses that learn from a better and a worse answer. Pure functions of log-probabilities, float32; they know no model and no batch.
+"""Losses that learn from better and worse answers: the DPO family, ORPO and KTO.
 
-Letters in shapes: P pairs, N answers. Every loss is one number for each pair or answer, so that a mean over a batch is the same however
-the batch was cut into micro-batches.
+The formulas are functions of log-probabilities, one number for each pair or answer; `PreferenceLoss` and `UnpairedLoss` make of them
+losses as `training.losses` defines them. Letters in shapes: B examples of a batch, T tokens.
+
+A batch of pairs has `chosen`, `rejected` int32 `[B, T]` (prompt and answer) and `chosen_mask`, `rejected_mask` `[B, T]`; also
+`chosen_reference`, `rejected_reference` float32 `[B]` where the reference's log-probabilities of the answers are known already. A batch of
+single answers has `tokens`, `mask`, `desirable` `[B]`, `kl` float32 `[B]` (the same number everywhere), and optionally `reference` `[B]`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,10 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from training.losses import Batch, LogProbs, Terms
+
 
 class Answers(NamedTuple):
-    """One answer to each of P prompts: `logps` and `ref_logps` `[P]` are log-probabilities of whole answers (sums over their tokens)
-    under the policy and under the reference, `tokens` `[P]` is how many tokens each has."""
+    """One answer to each of B prompts: `logps` and `ref_logps` `[B]` are log-probabilities of whole answers (sums over their tokens)
+    under the policy and under the reference, `tokens` `[B]` is how many tokens each has."""
 
     logps: Array
     ref_logps: Array
@@ -22,16 +29,16 @@ class Answers(NamedTuple):
 
     @property
     def ratios(self) -> Array:
-        """log pi(y|x) - log pi_ref(y|x), `[P]`: the implicit reward of DPO before beta."""
+        """log pi(y|x) - log pi_ref(y|x), `[B]`: the implicit reward of DPO before beta."""
         return self.logps - self.ref_logps
 
     @property
     def means(self) -> Array:
-        """The policy's log-probability of a token, averaged over the answer, `[P]`."""
+        """The policy's log-probability of a token, averaged over the answer, `[B]`."""
         return self.logps / jnp.maximum(self.tokens, 1)
 
 
-# pairwise(chosen, rejected, beta, label smoothing) -> loss of each pair `[P]`
+# pairwise(chosen, rejected, beta, label smoothing) -> loss of each pair `[B]`
 Pairwise = Callable[[Answers, Answers, float, float], Array]
 
 
@@ -76,24 +83,14 @@ WITHOUT_REFERENCE = ("orpo",)
 
 
 def kto(answers: Answers, desirable: Array, kl: Array, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Array:
-    """KTO (Ethayarajh et al. 2024, equation 7) without its constant: the loss of each of N answers.
+    """KTO (Ethayarajh et al. 2024, equation 7): the loss of each answer, `[B]`.
 
     Arguments:
-        desirable: bool `[N]`.
-        kl: scalar of `kl_baseline`, without a gradient.
+        desirable: bool `[B]`.
+        kl: the paper's z0, the policy's divergence from the reference on answers to other prompts, at least 0, without a gradient.
     """
     gain = beta * (answers.ratios - kl)
     return jnp.where(desirable, desirable_weight * jax.nn.sigmoid(-gain), undesirable_weight * jax.nn.sigmoid(gain))
-
-
-def kl_baseline(mismatched: Answers, live: Array) -> Array:
-    """KTO's z0, a scalar without a gradient: the divergence from the reference, estimated on answers to other prompts, at least 0.
-
-    Arguments:
-        live: float or bool `[N]`, 0 where a row is filling.
-    """
-    mean = jnp.sum(mismatched.ratios * live) / jnp.maximum(jnp.sum(live), 1)
-    return jax.lax.stop_gradient(jnp.maximum(mean, 0))
 
 
 def log_odds(log_probability: Array) -> Array:
@@ -106,14 +103,77 @@ def log_odds(log_probability: Array) -> Array:
     return log_probability - jnp.where(likely, near_one, far)
 
 
-def pair_metrics(chosen: Answers, rejected: Answers, beta: float) -> dict[str, Array]:
-    """What is worth seeing of each pair, `[P]` each, under TRL's names: implicit rewards, their margin, and how often it is positive."""
-    chosen_rewards, rejected_rewards = beta * chosen.ratios, beta * rejected.ratios
-    return {
-        "rewards/chosen": chosen_rewards,
-        "rewards/rejected": rejected_rewards,
-        "rewards/margins": chosen_rewards - rejected_rewards,
-        "rewards/accuracies": (chosen_rewards > rejected_rewards).astype(jnp.float32),
-        "logps/chosen": chosen.logps,
-        "logps/rejected": rejected.logps,
-    }
+@dataclasses.dataclass(frozen=True)
+class PreferenceLoss:
+    """A loss on pairs: the mean over pairs of one of `PAIRWISE`. Metrics have TRL's names."""
+
+    kind: str = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __call__(self, policy: LogProbs, reference: LogProbs, batch: Batch) -> Terms:
+        # One forward pass for both answers of a pair.
+        tokens = jnp.concatenate([batch["chosen"], batch["rejected"]])
+        mask = jnp.concatenate([batch["chosen_mask"], batch["rejected_mask"]])
+        logps = answer_logps(policy, tokens, mask)
+        if "chosen_reference" in batch:
+            ref_logps = jnp.concatenate([batch["chosen_reference"], batch["rejected_reference"]])
+        elif self.kind in WITHOUT_REFERENCE:
+            ref_logps = jnp.zeros_like(logps)
+        else:
+            ref_logps = answer_logps(reference, tokens, mask)
+        chosen, rejected = (Answers(*parts) for parts in zip(*(jnp.split(x, 2) for x in (logps, ref_logps, mask.sum(axis=1)))))
+        live = live_rows(batch["chosen_mask"])
+        count = live.sum()
+        losses = PAIRWISE[self.kind](chosen, rejected, self.beta, self.label_smoothing)
+        metrics = {name: (jnp.sum(value * live), count) for name, value in self._metrics(chosen, rejected).items()}
+        return Terms(jnp.sum(losses * live), count, metrics)
+
+    def _metrics(self, chosen: Answers, rejected: Answers) -> dict[str, Array]:
+        if self.kind in WITHOUT_REFERENCE:
+            chosen_rewards, rejected_rewards = self.beta * chosen.means, self.beta * rejected.means
+        else:
+            chosen_rewards, rejected_rewards = self.beta * chosen.ratios, self.beta * rejected.ratios
+        return {
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
+            "rewards/margins": chosen_rewards - rejected_rewards,
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).astype(jnp.float32),
+            "logps/chosen": chosen.logps,
+            "logps/rejected": rejected.logps,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class UnpairedLoss:
+    """KTO on single answers: the mean over answers. Metrics have TRL's names."""
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def __call__(self, policy: LogProbs, reference: LogProbs, batch: Batch) -> Terms:
+        mask = batch["mask"]
+        ref_logps = batch["reference"] if "reference" in batch else answer_logps(reference, batch["tokens"], mask)
+        answers = Answers(answer_logps(policy, batch["tokens"], mask), ref_logps, mask.sum(axis=1))
+        live = live_rows(mask)
+        desirable = batch["desirable"] > 0
+        losses = kto(answers, desirable, batch["kl"], self.beta, self.desirable_weight, self.undesirable_weight)
+        good, bad = live * desirable, live * ~desirable
+        rewards = self.beta * answers.ratios
+        metrics = {
+            "kl": (jnp.sum(batch["kl"] * live), live.sum()),
+            "rewards/chosen": (jnp.sum(rewards * good), good.sum()),
+            "rewards/rejected": (jnp.sum(rewards * bad), bad.sum()),
+        }
+        return Terms(jnp.sum(losses * live), live.sum(), metrics)
+
+
+def answer_logps(model: LogProbs, tokens: Array, mask: Array) -> Array:
+    """Log-probabilities float32 `[B]` of whole answers: sums over the tokens that `mask` `[B, T]` selects."""
+    return jnp.sum(model(tokens) * mask, axis=1)
+
+
+def live_rows(mask: Array) -> Array:
+    """float32 `[B]`: 0 for the rows that only fill a batch."""
+    return (mask.sum(axis=1) > 0).astype(jnp.float32)
