@@ -124,7 +124,14 @@ class Grpc:
         self.url = server.grpc_url
 
     def stream(
-        self, model: str = "llm", *, rows: int = 1, tensors: Mapping[str, Any] | None = None, parameters: Any = None, **fields: Any
+        self,
+        model: str = "llm",
+        *,
+        rows: int = 1,
+        tensors: Mapping[str, tuple[np.ndarray, str]] | None = None,
+        parameters: Mapping[str, Any] | None = None,
+        timeout_us: int | None = None,
+        **fields: Any,
     ) -> Iterator[dict[str, list]]:
         """The responses to one request, each as lists of output rows by name.
 
@@ -132,13 +139,14 @@ class Grpc:
             rows: how often a value in `fields` is repeated; lists under the name of a single-valued field are one value a row.
             tensors: `(array, Triton type)` by name, sent as they are, beside the `fields`.
             parameters: the request's parameters.
+            timeout_us: the request's time-out, in microseconds.
         """
         inputs = [_input(name, *_tensor(name, value, rows)) for name, value in fields.items()]
         inputs += [_input(name, *tensor) for name, tensor in (tensors or {}).items()]
         answers: queue.SimpleQueue = queue.SimpleQueue()
         with tritonclient.grpc.InferenceServerClient(self.url) as client:
             client.start_stream(lambda result, error: answers.put((result, error)), stream_timeout=ANSWER_TIMEOUT_S)
-            client.async_stream_infer(model, inputs, enable_empty_final_response=True, parameters=parameters)
+            client.async_stream_infer(model, inputs, enable_empty_final_response=True, parameters=parameters, timeout=timeout_us)
             try:
                 while True:
                     result, error = answers.get(timeout=ANSWER_TIMEOUT_S)

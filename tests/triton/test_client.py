@@ -18,7 +18,7 @@ from server import preflight
 from ..parity import checkpoints
 from .harness import serving, write_byte_tokenizer
 
-ADAPTERS = {"alice/sql": "attention", "bob/poems": "all-linear"}
+ADAPTERS = {"alice/sql": "attention", "bob/poems": "every-linear"}
 # Long enough that an answer of this length takes many seconds.
 LONG = 16_000
 LIMITS = {"max_slots": 2, "max_seq_len": 16_384, "max_output_tokens": LONG, "lora_slots": 4, "max_lora_rank": 16}

@@ -51,5 +51,8 @@ class TritonPythonModel:
 
 
 def _unpadded(ids: list[int]) -> list[int]:
-    """Token ids without the -1 that the tokenizer model fills short rows with."""
-    return ids[: ids.index(-1)] if -1 in ids else ids
+    """Token ids without the -1 that the tokenizer model fills the ends of short rows with."""
+    end = len(ids)
+    while end and ids[end - 1] == -1:
+        end -= 1
+    return ids[:end]
