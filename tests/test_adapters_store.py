@@ -348,6 +348,27 @@ def test_what_cannot_be_read_goes_on_being_served(shop, monkeypatch):
         assert [shop.serving(name) for name in ("alice/sql", "alice/chat", "bob/sql")] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error", "/secret/path"), TypeError("/secret/path")])
+def test_a_version_that_cannot_be_checked_is_looked_at_again_and_holds_up_nobody(shop, monkeypatch, error):
+    validate = peft.validate
+
+    def failing(path, *arguments):
+        if "alice" in str(path):
+            raise error
+        return validate(path, *arguments)
+
+    for name in ("alice/sql", "bob/sql"):
+        shop.publish(name)
+    monkeypatch.setattr(peft, "validate", failing)
+    report = shop.refresh()
+    assert report.added == ["bob/sql@1"]
+    assert "can't be checked" in report.problems()[0]
+    assert "secret" not in report.problems()[0]
+    assert shop.refresh().rejected == {}
+    monkeypatch.undo()
+    assert shop.refresh().added == ["alice/sql@1"]
+
+
 def test_not_found_names_what_the_user_has_and_nothing_of_others(shop):
     for number in range(25):
         shop.publish(f"alice/a{number:02}")

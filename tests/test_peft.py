@@ -178,12 +178,14 @@ def test_expressions_that_people_use_match_as_in_re(pattern):
         assert matcher.full(pattern, name) is (re.fullmatch(pattern, name) is not None)
 
 
-def test_an_expression_that_never_ends_is_refused_in_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_an_expression_that_never_ends_is_refused_in_time(tmp_path, monkeypatch, field):
     monkeypatch.setattr(patterns.Matcher.__init__, "__defaults__", (0.05,))
     slow = r"(.+)(.+)(.+)(.+)(.+)(.+)(.+)(?!\1)y|z"
     made = adapter()
+    path = write_raw(tmp_path / "a", dict(made.config) | {field: {slow: 2} if "pattern" in field else slow}, tensors_of(made))
     with pytest.raises(AdapterInvalid, match="take longer than"):
-        peft.validate(write_raw(tmp_path / "a", dict(made.config) | {"target_modules": slow}, tensors_of(made)), BASE, LIMITS)
+        peft.validate(path, BASE, LIMITS)
 
 
 def test_reading_needs_no_jax():

@@ -164,11 +164,11 @@ class Catalogue:
 
     def _of_user(self, user: str) -> str:
         prefix = f"{user}/"
-        found = [
+        found = sorted(
             name.removeprefix(prefix)
-            for name, record in sorted(self.adapters.items())
+            for name, record in self.adapters.items()
             if name.startswith(prefix) and record.serve != NONE and record.ready()
-        ]
+        )
         return f"{user} has: {_bounded(found)}" if found else f"{user} has no adapters in service"
 
     def _why_not(self, name: AdapterName, record: AdapterRecord, ready: list[int]) -> str:

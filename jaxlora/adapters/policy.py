@@ -3,6 +3,7 @@
 `{"serve": "latest"}` (also where the file is missing), `{"serve": 2}`, or `{"serve": "none"}`: taken out of service.
 """
 
+import os
 import pathlib
 
 from jaxlora.adapters.names import MAX_VERSION, AdapterName
@@ -21,7 +22,7 @@ RULE = '{"serve": "latest"}, {"serve": "none"} or {"serve": VERSION}'
 def read_policy(folder: pathlib.Path) -> Serve:
     """What the policy of an adapter's folder says. Raises AdapterInvalid if the file is anything but a policy."""
     path = folder / POLICY_FILE
-    if not path.is_symlink() and not path.exists():
+    if not os.path.lexists(path):
         return LATEST
     _, content = read_json_file(path)
     if not isinstance(content, dict) or set(content) != {"serve"} or not is_serve(content["serve"]):

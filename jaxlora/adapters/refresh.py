@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import traceback
 from typing import Any
 
 from jaxlora import peft
@@ -149,9 +150,11 @@ class _Refresh:
             accepted = self._accept(path)
         except AdapterInvalid as error:
             problems = error.problems
-        except OSError as error:
-            # Not a verdict on the files: without a fingerprint they are looked at again next time.
-            problems, seen = [f"it can't be read ({error.strerror})"], None
+        except Exception as error:
+            # One folder must not stand in the way of all others. It is no verdict on the files: without a fingerprint they are
+            # looked at again next time.
+            traceback.print_exception(error)
+            problems, seen = [f"it can't be checked ({_reason(error)})"], None
         before = known if known is not None and known.sha256 else None
         if before is not None and not same_files and (accepted is None or not _same_content(accepted, before)):
             problems = [CHANGED, *problems]
@@ -172,10 +175,17 @@ class _Refresh:
             wanted = read_policy(found.path)
         except AdapterInvalid as error:
             return record.serve, str(error)
+        except OSError as error:
+            return record.serve, f"policy.json can't be read ({_reason(error)})"
         if isinstance(wanted, int) and wanted not in record.ready():
             ready = ", ".join(map(str, record.ready()[-MAX_PROBLEMS:])) or "none"
             return record.serve, f"policy.json serves version {wanted}, which can't be served; versions that can: {ready}"
         return wanted, ""
+
+
+def _reason(error: Exception) -> str:
+    """An error without the paths that its text may hold."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
 
 
 def _same_content(one: VersionRecord, other: VersionRecord) -> bool:

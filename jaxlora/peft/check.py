@@ -115,6 +115,7 @@ def _check_against_config(
     )
     found.add("modules with weights are not selected by target_modules", *(module for module in sides if module not in selected))
     for module, pair in sides.items():
+        config.scale(module)  # its expressions have to end in time as well
         shape = pair["A"].shape if "A" in pair else ()
         if shape and shape[0] != config.rank(module):
             found.add("ranks that differ from adapter_config.json", f"{module} has {shape[0]}, not {config.rank(module)}")

@@ -25,34 +25,35 @@ class AdapterConfig:
     r: int
     alpha: float
     use_rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: patterns.KeyTable[int]
+    alpha_pattern: patterns.KeyTable[float]
     target_modules: str | tuple[str, ...]
     exclude_modules: str | tuple[str, ...]
     layers_to_transform: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
     raw: Mapping[str, Any]
-    _matcher: patterns.Matcher = dataclasses.field(default_factory=patterns.Matcher, repr=False, compare=False)
+    matcher: patterns.Matcher
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "AdapterConfig":
         """From the parsed file. Raises AdapterInvalid with everything in it that can't be applied."""
         if not isinstance(raw, Mapping):
             raise AdapterInvalid(["adapter_config.json is no JSON object"])
-        read = _Reader(raw)
+        read, matcher = _Reader(raw), patterns.Matcher()
         for refusal in refusals(raw):
             read.problem(refusal)
         config = cls(
             r=read.rank("r"),
             alpha=read.number("lora_alpha"),
             use_rslora=read.flag("use_rslora"),
-            rank_pattern=read.pattern_table("rank_pattern", _is_rank, "a whole number from 1"),
-            alpha_pattern=read.pattern_table("alpha_pattern", _is_number, "a number"),
+            rank_pattern=patterns.KeyTable(read.pattern_table("rank_pattern", _is_rank, "a whole number from 1"), matcher),
+            alpha_pattern=patterns.KeyTable(read.pattern_table("alpha_pattern", _is_number, "a number"), matcher),
             target_modules=read.modules("target_modules", required=True),
             exclude_modules=read.modules("exclude_modules", required=False),
             layers_to_transform=read.layers(),
             layers_pattern=read.layers_pattern(),
             raw=dict(raw),
+            matcher=matcher,
         )
         if isinstance(config.target_modules, str) and (config.layers_to_transform is not None or config.layers_pattern):
             read.problem("layers_to_transform and layers_pattern need target_modules to be a list")
@@ -62,28 +63,27 @@ class AdapterConfig:
 
     def rank(self, module: str) -> int:
         """r of one module, from the first key of `rank_pattern` that matches it, else `r`."""
-        return next((rank for key, rank in self.rank_pattern.items() if self._matcher.key(key, module)), self.r)
+        return self.rank_pattern.get(module, self.r)
 
     def scale(self, module: str) -> float:
         """alpha / r of one module, or alpha / sqrt(r) with rsLoRA."""
-        alpha = next((alpha for key, alpha in self.alpha_pattern.items() if self._matcher.key(key, module)), self.alpha)
         rank = self.rank(module)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return self.alpha_pattern.get(module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def selects(self, module: str) -> bool:
         """Whether PEFT would adapt this linear layer of a causal language model."""
         if isinstance(self.exclude_modules, str):
-            if self._matcher.full(self.exclude_modules, module):
+            if self.matcher.full(self.exclude_modules, module):
                 return False
         elif patterns.in_list(self.exclude_modules, module):
             return False
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == ALL_LINEAR:
                 return module != OUTPUT_LAYER
-            return self._matcher.full(self.target_modules, module)
+            return self.matcher.full(self.target_modules, module)
         if module in self.target_modules or self.layers_to_transform is None:
             return patterns.in_list(self.target_modules, module)
-        layer = patterns.layer_of(module, list(self.layers_pattern), self._matcher)
+        layer = patterns.layer_of(module, list(self.layers_pattern), self.matcher)
         return patterns.in_list(self.target_modules, module) and layer in self.layers_to_transform
 
     def targets_without_a_module(self, modules: Iterable[str]) -> list[str]:
@@ -91,7 +91,7 @@ class AdapterConfig:
         modules = list(modules)
         if isinstance(self.target_modules, str):
             found = self.target_modules.lower() == ALL_LINEAR or any(
-                self._matcher.full(self.target_modules, name) for name in modules
+                self.matcher.full(self.target_modules, name) for name in modules
             )
             return [] if found else [self.target_modules]
         return [item for item in self.target_modules if not any(patterns.in_list([item], name) for name in modules)]
@@ -175,14 +175,14 @@ class _Reader:
         for pattern, value in table.items():
             if not valid(value):
                 self.problem(f"{key}: {shorten(pattern)} is {shown(value)}, not {what}")
-            self._check_pattern(key, pattern, patterns.as_expression(pattern))
+            self._check_pattern(key, pattern, patterns.check_key(pattern))
         return table
 
     def modules(self, key: str, required: bool) -> str | tuple[str, ...]:
         value = self._raw.get(key)
         if isinstance(value, str) and value:
             if value.lower() != ALL_LINEAR:
-                self._check_pattern(key, value, value)
+                self._check_pattern(key, value, patterns.check(value))
             return value
         if (
             isinstance(value, list)
@@ -212,11 +212,10 @@ class _Reader:
             self.problem(f"layers_pattern is {shown(value)}, not a list of names")
             return ()
         for name in names:
-            self._check_pattern("layers_pattern", name, patterns.as_expression(name))
+            self._check_pattern("layers_pattern", name, patterns.check_key(name))
         return tuple(names)
 
-    def _check_pattern(self, key: str, written: str, expression: str) -> None:
-        problem = patterns.check(expression)
+    def _check_pattern(self, key: str, written: str, problem: str | None) -> None:
         if problem:
             self.problem(f"{key}: {shorten(written)} {problem}")
 

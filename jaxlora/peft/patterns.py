@@ -6,7 +6,8 @@ so they run with a time limit (Python's `re` has none; `regex` agrees with it on
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Generic, TypeVar
 
 import regex
 
@@ -14,6 +15,8 @@ MAX_PATTERN_LENGTH = 4096
 MAX_NESTING = 8
 MAX_REPEATS = 10_000
 TIME_LIMIT_S = 1.0
+
+T = TypeVar("T")
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.]+")
 _COUNTED = re.compile(r"\{(\d*)(,?)(\d*)\}")
@@ -23,12 +26,33 @@ class PatternTimeoutError(ValueError):
     """The expressions of one adapter took longer than `TIME_LIMIT_S` together."""
 
 
+class KeyTable(Generic[T]):
+    """`rank_pattern` or `alpha_pattern`: the value of the first key that matches a name."""
+
+    def __init__(self, table: Mapping[str, T], matcher: "Matcher"):
+        # EVA writes one plain key for each module, so the common miss has to be cheap.
+        self._keys = [(key, _PLAIN.fullmatch(key) is not None, value) for key, value in table.items()]
+        self._matcher = matcher
+        self._found: dict[str, T | None] = {}
+
+    def get(self, name: str, default: T) -> T:
+        """The value for a module, or `default`."""
+        if name not in self._found:
+            self._found[name] = next((value for key, plain, value in self._keys if self._matches(key, plain, name)), None)
+        found = self._found[name]
+        return default if found is None else found
+
+    def _matches(self, key: str, plain: bool, name: str) -> bool:
+        return _ends_with(name, key) if plain else self._matcher.key(key, name)
+
+
 class Matcher:
     """Matches the patterns of one adapter, within one time limit for all of them."""
 
     def __init__(self, time_limit_s: float = TIME_LIMIT_S):
         self._left_s = time_limit_s
         self._compiled: dict[str, regex.Pattern] = {}
+        self._known: dict[tuple[str, str], bool] = {}
 
     def full(self, pattern: str, name: str) -> bool:
         """`target_modules` and `exclude_modules` as a string: the expression matches the whole name."""
@@ -39,11 +63,15 @@ class Matcher:
     def key(self, key: str, name: str) -> bool:
         r"""A key of `rank_pattern` or `alpha_pattern`: `(.*\.)?(KEY)$` matches the name."""
         if _PLAIN.fullmatch(key):
-            start = len(name) - len(key)
-            return start >= 0 and (start == 0 or name[start - 1] == ".") and _same(key, name[start:])
-        return self._fullmatch(as_expression(key), name)
+            return _ends_with(name, key)
+        return self._fullmatch(_expression(key), name)
 
     def _fullmatch(self, pattern: str, name: str) -> bool:
+        if (pattern, name) not in self._known:
+            self._known[pattern, name] = self._run(pattern, name)
+        return self._known[pattern, name]
+
+    def _run(self, pattern: str, name: str) -> bool:
         if self._left_s <= 0:
             raise PatternTimeoutError
         started = time.monotonic()
@@ -59,13 +87,10 @@ class Matcher:
             self._left_s -= time.monotonic() - started
 
 
-def as_expression(key: str) -> str:
-    """The regular expression that PEFT makes of a key of a pattern table."""
-    return rf"(.*\.)?({key})$"
-
-
 def check(pattern: str) -> str | None:
     """What is wrong with a regular expression, else None. What passes compiles to a program of bounded size."""
+    if _PLAIN.fullmatch(pattern) and len(pattern) <= MAX_PATTERN_LENGTH:
+        return None
     if len(pattern) > MAX_PATTERN_LENGTH:
         return f"is {len(pattern)} characters long, the limit is {MAX_PATTERN_LENGTH}"
     if _nesting(pattern) > MAX_NESTING:
@@ -80,9 +105,15 @@ def check(pattern: str) -> str | None:
         return "uses `[[` or a `{` that is no repeat count"
     try:
         re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
+        regex.compile(pattern, regex.V0)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
         return f"is no valid regular expression ({error})"
     return None
+
+
+def check_key(key: str) -> str | None:
+    """The same for a key of a pattern table."""
+    return check(key if _PLAIN.fullmatch(key) else _expression(key))
 
 
 def in_list(names: Iterable[str], name: str) -> bool:
@@ -101,6 +132,16 @@ def layer_of(name: str, layers_pattern: list[str], matcher: Matcher) -> int | No
             if parts[at].isdecimal() and matcher.key(pattern, ".".join(parts[:at])):
                 return int(parts[at])
     return None
+
+
+def _expression(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
+def _ends_with(name: str, key: str) -> bool:
+    """Whether the last parts of a name match a key without any operator but `.`."""
+    start = len(name) - len(key)
+    return (start == 0 or (start > 0 and name[start - 1] == ".")) and _same(key, name[start:])
 
 
 def _same(pattern: str, text: str) -> bool:
