@@ -3,6 +3,7 @@
 Pure functions on `Weights`. Letters in shapes: B sequences, T tokens of each, D hidden, H query heads, K key/value heads, C head size, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from jaxlora.config import OUTPUT_LAYER, ModelConfig, Rope
-from jaxlora.weights import Weights
+from jaxlora.weights import Layer, Weights
 
 # attend(layer, q [B,T,H,C], k [B,T,K,C], v [B,T,K,C]) -> [B,T,H,C]; the rotation has been applied.
 Attend = Callable[[int, Array, Array, Array], Array]
@@ -41,15 +42,28 @@ def plain_linears(config: ModelConfig, weights: Weights, adapt: Adapt = no_adapt
     return linears
 
 
-def forward(config: ModelConfig, weights: Weights, tokens: Array, positions: Array, attend: Attend, linears: Linears) -> Array:
+def forward(
+    config: ModelConfig,
+    weights: Weights,
+    tokens: Array,
+    positions: Array,
+    attend: Attend,
+    linears: Linears,
+    embedded: Callable[[Array], Array] = lambda x: x,
+    remat: bool = False,
+) -> Array:
     """Hidden states after the final norm, `[B, T, D]`, for `tokens` and `positions` int32 `[B, T]`.
 
     The layers are unrolled: a scan over stacked weights would copy them at every step on CPUs.
+
+    Arguments:
+        embedded: what becomes of the embedded tokens `[B, T, D]` before the first layer.
+        remat: a gradient keeps the input of each layer only, and computes the layer again.
     """
     batch, length = tokens.shape
-    x = weights.embed[tokens].astype(weights.final_norm.dtype)
     cos, sin = rotation(config.rope, config.head_dim, positions)
-    for index, layer in enumerate(weights.layers):
+
+    def decoder_layer(index: int, layer: Layer, x: Array) -> Array:
         h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
         q, k, v = (y.reshape(batch, length, -1, config.head_dim) for y in linears(index, QKV, h))
         if config.qk_norm:
@@ -60,7 +74,12 @@ def forward(config: ModelConfig, weights: Weights, tokens: Array, positions: Arr
         x = x + attended
         gate, up = linears(index, GATE_UP, rms_norm(x, layer.post_norm, config.rms_norm_eps))
         (down,) = linears(index, ("down_proj",), jax.nn.silu(gate) * up)
-        x = x + down
+        return x + down
+
+    x = embedded(weights.embed[tokens].astype(weights.final_norm.dtype))
+    for index, layer in enumerate(weights.layers):
+        run = functools.partial(decoder_layer, index, layer)
+        x = jax.checkpoint(run)(x) if remat else run(x)
     return rms_norm(x, weights.final_norm, config.rms_norm_eps)
 
 
@@ -70,7 +89,7 @@ def project(linears: Linears, hidden: Array) -> Array:
 
 
 def logits(config: ModelConfig, weights: Weights, tokens: Array, lora: Adapt | None = None, segments: Array | None = None) -> Array:
-    """Logits float32 `[B, T, V]` of whole sequences without a cache: the form that training uses.
+    """Logits float32 `[B, T, V]` of whole sequences without a cache.
 
     Arguments:
         tokens: int32 `[B, T]`.
@@ -79,6 +98,19 @@ def logits(config: ModelConfig, weights: Weights, tokens: Array, lora: Adapt | N
             example a row.
     """
     linears = plain_linears(config, weights, lora or no_adapter)
+    return project(linears, hidden_states(config, weights, tokens, linears, segments))
+
+
+def hidden_states(
+    config: ModelConfig,
+    weights: Weights,
+    tokens: Array,
+    linears: Linears,
+    segments: Array | None = None,
+    embedded: Callable[[Array], Array] = lambda x: x,
+    remat: bool = False,
+) -> Array:
+    """Hidden states `[B, T, D]` of whole sequences without a cache: the form that training uses. Arguments as for `logits` and `forward`."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if segments is not None:
         starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
@@ -87,7 +119,7 @@ def logits(config: ModelConfig, weights: Weights, tokens: Array, lora: Adapt | N
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
         return attend_whole(q, k, v, window=config.windows[layer], segments=segments)
 
-    return project(linears, forward(config, weights, tokens, positions, attend, linears))
+    return forward(config, weights, tokens, positions, attend, linears, embedded, remat)
 
 
 def attend_whole(q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:
