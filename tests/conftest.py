@@ -6,6 +6,7 @@ import pytest
 
 from jaxlora.checkpoint import resolve
 from jaxlora.checkpoint.sources import DEFAULT_MODEL
+from jaxlora.compilation import keep_compiled_programs
 from jaxlora.settings import Settings
 
 
@@ -13,3 +14,9 @@ from jaxlora.settings import Settings
 def default_model() -> pathlib.Path:
     """The folder of the default base model, in the cache that serving uses: converted once on a machine."""
     return resolve(DEFAULT_MODEL, Settings.read().cache_dir)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs_are_kept() -> None:
+    """Tests make many small engines of the same shapes; each shape is compiled once."""
+    keep_compiled_programs(Settings.read().cache_dir)

@@ -11,6 +11,7 @@ import jax
 from jaxlora import backend, weights
 from jaxlora.adapters import AdapterVersion, CatalogueReader, HostCache, catalogue_path
 from jaxlora.checkpoint import resolve
+from jaxlora.compilation import keep_compiled_programs
 from jaxlora.config import ModelConfig
 from jaxlora.engine import Engine, Handle, Limits, Program, Request, Sizes
 from jaxlora.errors import SetupError
@@ -44,7 +45,7 @@ class LoraService:
         catalogue: CatalogueReader | None = None,
     ):
         self.settings = settings
-        _keep_compiled_programs(settings.cache_dir / "compiled")
+        keep_compiled_programs(settings.cache_dir)
         folder = resolve(settings.model, settings.cache_dir, progress)
         self.config = ModelConfig.from_folder(folder)
         if settings.max_seq_len > self.config.max_positions:
@@ -118,9 +119,3 @@ def peak_memory_bytes() -> int:
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _keep_compiled_programs(folder: pathlib.Path) -> None:
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
