@@ -14,7 +14,7 @@ from jaxlora.errors import SetupError
 from jaxlora.settings import Settings
 from server import preflight, repository
 from server.backend import PROGRESS
-from server.launch import ServerDied, TritonServer, failed_load
+from server.launch import ServerDied, TritonServer
 
 
 def main() -> int:
@@ -48,8 +48,6 @@ def _forward(line: str) -> None:
         _say(line.removeprefix(PROGRESS))
     elif "successfully loaded '" in line:
         _say(f"loaded {line.split(chr(39))[1]}")
-    elif reason := failed_load(line):
-        _say(f"not loaded: {reason}")
 
 
 def _welcome(server: TritonServer) -> str:

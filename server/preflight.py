@@ -19,7 +19,7 @@ GIB = 1 << 30
 
 
 def check(settings: Settings, progress: Callable[[str], None] = print) -> pathlib.Path:
-    """Checks ports, cache folder, base model and memory. Converts the base model if that was not done before.
+    """Checks ports, cache folder, base model, lengths and memory. Converts the base model if that was not done before.
 
     Returns:
         The folder of the base model.
@@ -33,10 +33,11 @@ def check(settings: Settings, progress: Callable[[str], None] = print) -> pathli
     # Late, because both read NumPy; a taken port is to be told at once.
     from jaxlora.checkpoint import resolve
     from jaxlora.config import ModelConfig
-    from jaxlora.service import memory_estimate
+    from jaxlora.service import check_length, memory_estimate
 
     folder = resolve(settings.model, settings.cache_dir, progress)
     config = ModelConfig.from_folder(folder)
+    check_length(settings, config)
     problems = memory_problems(memory_estimate(settings, config), *device_memory())
     if problems:
         raise SetupError("\n".join(problems))

@@ -3,6 +3,6 @@
 Imports no JAX by itself, since the tokenizer and the launcher use parts of it; `jaxlora.service.service` does.
 """
 
-from jaxlora.service.memory import memory_estimate
+from jaxlora.service.memory import check_length, memory_estimate
 
-__all__ = ["memory_estimate"]
+__all__ = ["check_length", "memory_estimate"]

@@ -1,11 +1,21 @@
-"""How much memory a server will take, told before anything is loaded. Plain arithmetic on settings and the model's shape."""
+"""Whether a server with these settings fits the base model and the machine, told before anything is loaded.
+
+Plain arithmetic on settings and the model's shape.
+"""
 
 import math
 
 from jaxlora.config import OUTPUT_LAYER, ModelConfig
+from jaxlora.errors import SetupError
 from jaxlora.settings import Settings
 
 _BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def check_length(settings: Settings, config: ModelConfig) -> None:
+    """Raises SetupError if sequences may get longer than the base model's positions."""
+    if settings.max_seq_len > config.max_positions:
+        raise SetupError(f"MAX_SEQ_LEN: {settings.max_seq_len} is over the {config.max_positions} positions of the base model")
 
 
 def memory_estimate(settings: Settings, config: ModelConfig) -> dict[str, int]:

@@ -14,10 +14,10 @@ from jaxlora.checkpoint import resolve
 from jaxlora.compilation import keep_compiled_programs
 from jaxlora.config import ModelConfig
 from jaxlora.engine import Engine, Handle, Limits, Program, Request, Sizes
-from jaxlora.errors import SetupError
 from jaxlora.peft import Limits as PeftLimits
 from jaxlora.peft import LoraAdapter, read
 from jaxlora.service.answers import AnswerSink, Listener
+from jaxlora.service.memory import check_length
 from jaxlora.service.plan import Plan, plan
 from jaxlora.service.prompts import prompt_ids
 from jaxlora.settings import Settings
@@ -48,8 +48,7 @@ class LoraService:
         keep_compiled_programs(settings.cache_dir)
         folder = resolve(settings.model, settings.cache_dir, progress)
         self.config = ModelConfig.from_folder(folder)
-        if settings.max_seq_len > self.config.max_positions:
-            raise SetupError(f"MAX_SEQ_LEN: {settings.max_seq_len} is over the {self.config.max_positions} positions of the base model")
+        check_length(settings, self.config)
         self.tokenizer = Tokenizer.from_folder(folder)
         chosen, line = backend.choose(settings.cache_dir / "native")
         progress(line)
