@@ -45,7 +45,7 @@ class GrpoLoss:
 
     def __call__(self, policy: LogProbs, reference: LogProbs, batch: Batch) -> Terms:
         mask = batch["mask"].astype(jnp.float32)
-        logps = policy(batch["tokens"], temperature=self.temperature)
+        logps = policy(batch["tokens"], temperature=self.temperature, wanted=mask)
         old_logps = batch["old_logps"] if "old_logps" in batch else jax.lax.stop_gradient(logps)
         gain = batch["advantages"][:, None]
         # Where the mask is 0 the log-probabilities mean nothing, and an overflow there would make NaN of the whole sum.
@@ -58,7 +58,8 @@ class GrpoLoss:
             "clip/high": (jnp.sum(((ratio > 1 + self.clip_high) & (gain > 0)) * mask), tokens.sum()),
         }
         if self.kl:
-            off = jnp.where(mask > 0, reference(batch["tokens"], temperature=self.temperature) - logps, 0.0)
+            ref_logps = reference(batch["tokens"], temperature=self.temperature, wanted=mask)
+            off = jnp.where(mask > 0, ref_logps - logps, 0.0)
             divergence = jnp.exp(off) - off - 1
             loss = loss + self.kl * divergence
             metrics["kl"] = (jnp.sum(divergence * mask), tokens.sum())

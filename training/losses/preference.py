@@ -171,7 +171,7 @@ class UnpairedLoss:
 
 def answer_logps(model: LogProbs, tokens: Array, mask: Array) -> Array:
     """Log-probabilities float32 `[B]` of whole answers: sums over the tokens that `mask` `[B, T]` selects."""
-    return jnp.sum(model(tokens) * mask, axis=1)
+    return jnp.sum(model(tokens, wanted=mask) * mask, axis=1)
 
 
 def live_rows(mask: Array) -> Array:

@@ -1,0 +1,176 @@
+"""Answers sampled from the adapter in training, by the serving engine in the same process: continuous batching over its slots.
+
+Knows token ids and the engine; knows no rewards and no text. The same seeds give the same answers, whatever else is sampled beside them.
+"""
+
+import dataclasses
+import pathlib
+import queue
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future
+
+import jax
+import numpy as np
+
+from jaxlora import backend, weights
+from jaxlora.config import OUTPUT_LAYER, ModelConfig
+from jaxlora.engine import Engine, Limits, Program, Request, Result, SamplingParams, Sizes, Token
+from jaxlora.errors import ServingError
+from jaxlora.lora import Adapter
+from jaxlora.peft import LoraPair
+from jaxlora.weights import PlainPacking, Weights
+
+# Nobody else uses the engine, so a request that waits for a slot waits for its neighbours only.
+_PATIENCE_S = 24 * 3600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One sampled answer. `tokens` ends with the stop token where the model ended it itself; `finished` is False where the limit did."""
+
+    tokens: tuple[int, ...]
+    finished: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled. The policy that GRPO improves is the one that is sampled from, so there is nothing but a temperature."""
+
+    max_prompt: int
+    max_completion: int
+    temperature: float = 1.0
+    slots: int = 16
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """The answers in the order of the requests, and what sampling them cost: seconds, and generated tokens a second."""
+
+    answers: list[Answer]
+    seconds: float
+    tokens_per_second: float
+
+
+class Sampler:
+    """An engine for one adapter that changes between calls.
+
+    Arguments:
+        folder: the base model, a Hugging Face folder.
+        base: its weights as training has them; the engine uses the same arrays where it can read them, else its own packed copy.
+        like: an adapter with the modules and ranks of every adapter to come.
+        stop_token_ids: end an answer.
+        native_dir: where native kernels are built and kept.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        config: ModelConfig,
+        base: Weights,
+        like: Adapter,
+        sampling: Sampling,
+        stop_token_ids: Sequence[int],
+        native_dir: pathlib.Path,
+        progress: Callable[[str], None] = lambda line: None,
+    ):
+        self._sampling, self._stop = sampling, frozenset(stop_token_ids)
+        chosen, line = backend.choose(native_dir)
+        progress(f"sampling: {line}")
+        longest = sampling.max_prompt + sampling.max_completion
+        sizes = Sizes(
+            slots=sampling.slots,
+            max_seq_len=longest,
+            prefill_chunk=min(128, longest),
+            lora_slots=1,
+            max_lora_rank=max(a.shape[0] for a in like.a.values()),
+            output_layer=OUTPUT_LAYER in like.a,
+        )
+        program = Program(config, _weights(folder, config, base, chosen, sampling.dtype), chosen, sizes, sampling.dtype)
+        program.warm_up(progress)
+        self._versions: dict[Hashable, "_HostAdapter"] = {}
+        self._number = 0
+        self._engine = Engine(program, self._read, Limits(max_queue=1 << 30, queue_timeout_s=_PATIENCE_S))
+
+    def sample(self, adapter: Adapter, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Sampled:
+        """One answer of the adapter to each prompt.
+
+        Arguments:
+            prompts: token ids, at least 1 and at most `max_prompt` of each; a prompt may occur many times.
+            seeds: 64 bits for each prompt. An answer depends on its prompt, its seed and the adapter, on nothing else.
+
+        Raises:
+            ServingError: the engine failed, for example on logits that are not finite.
+        """
+        began = time.monotonic()
+        self._number += 1
+        self._versions = {self._number: _HostAdapter.of(adapter)}
+        sinks = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            sinks.append(_Sink(self._stop))
+            params = SamplingParams(self._sampling.max_completion, temperature=self._sampling.temperature, seed=int(seed))
+            self._engine.submit(Request(tuple(int(token) for token in prompt), params, sinks[-1], self._number))
+        answers = [sink.answer() for sink in sinks]
+        seconds = time.monotonic() - began
+        return Sampled(answers, seconds, sum(len(answer.tokens) for answer in answers) / max(seconds, 1e-9))
+
+    def close(self) -> None:
+        """Stops the engine."""
+        self._engine.stop()
+
+    def _read(self, key: Hashable) -> "Future[_HostAdapter]":
+        found: Future[_HostAdapter] = Future()
+        found.set_result(self._versions[key])
+        return found
+
+
+def seeds(seed: int, rollout: int, count: int) -> np.ndarray:
+    """uint64 `[count]`: a seed for each answer of a rollout, a function of the arguments only."""
+    return np.random.SeedSequence([seed, rollout]).generate_state(count, np.uint64)
+
+
+@dataclasses.dataclass(frozen=True)
+class _HostAdapter:
+    """What the engine places on the device."""
+
+    modules: Mapping[str, LoraPair]
+    rank: int
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> "_HostAdapter":
+        a, b = jax.device_get((adapter.a, adapter.b))
+        scales = dict(adapter.scales)
+        pairs = {path: LoraPair(np.asarray(a[path]), np.asarray(b[path]), scales[path]) for path in a}
+        return cls(pairs, max(pair.rank for pair in pairs.values()))
+
+
+class _Sink:
+    """Keeps an answer. It ends the answer itself, since the engine hands out no stop token, and the stop token is to be learned."""
+
+    def __init__(self, stop: frozenset[int]):
+        self._stop, self._tokens = stop, []
+        self._end: queue.SimpleQueue[Result | ServingError] = queue.SimpleQueue()
+
+    def token(self, token: Token) -> bool:
+        self._tokens.append(token.id)
+        return token.id in self._stop
+
+    def finish(self, result: Result) -> None:
+        self._end.put(result)
+
+    def fail(self, error: ServingError) -> None:
+        self._end.put(error)
+
+    def answer(self) -> Answer:
+        end = self._end.get()
+        if isinstance(end, ServingError):
+            raise end
+        return Answer(tuple(self._tokens), end.reason == "stop")
+
+
+def _weights(folder: pathlib.Path, config: ModelConfig, base: Weights, chosen: backend.Backend, dtype: str) -> Weights:
+    # One device only: arrays that training has spread over a mesh can't be mixed with those of the engine.
+    if isinstance(chosen.packing, PlainPacking) and base.embed.dtype == dtype and len(base.embed.devices()) == 1:
+        return base
+    return weights.load(folder, config, dtype, packing=chosen.packing)
