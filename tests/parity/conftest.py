@@ -4,9 +4,13 @@ import functools
 import importlib.util
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import jax
 import pytest
+
+from jaxlora import backend
+from jaxlora.settings import Settings
 
 from . import recording
 from .ours import Ours
@@ -14,6 +18,15 @@ from .recording import Record
 
 # Where a reference comes from: the files of the project, and Transformers and PEFT themselves where they are installed.
 SOURCES = ("stored", "fresh") if importlib.util.find_spec("torch") else ("stored",)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Where only stored references are compared with, programs are compiled without most optimisations, which spares two thirds of the
+    time. `make test-parity` compiles them as serving does."""
+    jax.config.update("jax_disable_most_optimizations", "fresh" not in SOURCES)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +50,9 @@ def record_of() -> Callable[[str, str], Record]:
             return record.record(architecture, pathlib.Path(folder))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def serving_backend() -> backend.Backend:
+    """What this machine serves with: kernels of its own on most CPUs."""
+    return backend.choose(Settings.read().cache_dir / "native")[0]

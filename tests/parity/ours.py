@@ -8,12 +8,16 @@ import jax
 import numpy as np
 
 from jaxlora import lora, model, peft, weights
+from jaxlora.backend import Backend
 from jaxlora.config import ModelConfig
+from jaxlora.engine import Sizes
 
 from . import checkpoints
 from .recording import condense
+from .serving import answers
 
 MAX_RANK = 16
+SIZES = Sizes(slots=4, max_seq_len=256, prefill_chunk=32, lora_slots=3, max_lora_rank=MAX_RANK, output_layer=True)
 LIMITS = peft.Limits(max_rank=MAX_RANK, max_file_bytes=1 << 20, output_layer=True)
 _logits = jax.jit(model.logits, static_argnames="config")
 
@@ -52,6 +56,35 @@ class Ours:
         layout, bank = self._bank
         slots = np.array([-1 if variant == checkpoints.BASE else self._slot(variant) for variant in variants], np.int32)
         return condense(_banked_logits(self.config, layout, self.weights, bank, checkpoints.batch(), slots))
+
+    @functools.cache
+    def greedy(self, backend: Backend) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and log-probabilities `[V, P, NEW_TOKENS]`, with all prompts of all variants in one engine.
+
+        It has fewer serving slots than there are prompts and fewer bank slots than adapters, so batches are mixed and adapters are
+        evicted and placed again.
+        """
+        asked = [
+            (None if variant == checkpoints.BASE else variant, prompt)
+            for variant in checkpoints.VARIANTS
+            for prompt in checkpoints.prompts(self.architecture, variant)
+        ]
+        # In this order neighbours in the queue have different adapters.
+        order = sorted(range(len(asked)), key=lambda place: place % checkpoints.PROMPTS)
+        loaded = weights.load(self.base_folder, self.config, "float32", packing=backend.packing)
+        found = answers(self.config, loaded, backend, SIZES, self.adapters, [asked[place] for place in order], checkpoints.NEW_TOKENS)
+        by_place = dict(zip(order, found, strict=True))
+        rows = [by_place[place] for place in range(len(asked))]
+        shape = (len(checkpoints.VARIANTS), checkpoints.PROMPTS, checkpoints.NEW_TOKENS)
+        tokens = np.array([[token.id for token in row] for row in rows]).reshape(shape)
+        return tokens, np.array([[token.logprob for token in row] for row in rows], np.float32).reshape(shape)
+
+    @functools.cache
+    def first_tokens(self, backend: Backend, dtype: str) -> list[dict[int, float]]:
+        """For each row of the batch as a prompt: the best next tokens of the base model with their log-probabilities."""
+        loaded = weights.load(self.base_folder, self.config, dtype, packing=backend.packing)
+        rows = [(None, row.tolist()) for row in checkpoints.batch()]
+        return [dict(tokens[0].top) for tokens in answers(self.config, loaded, backend, SIZES, {}, rows, 1, dtype)]
 
     def _slot(self, adapter: str) -> int:
         # Not in the order of the table, and not from 0: a slot is where an adapter lies, not what it is.

@@ -65,6 +65,12 @@ def condense(logits: np.ndarray) -> np.ndarray:
     return np.concatenate([logits[..., _POSITIONS, :].reshape(*lead, -1), summary.reshape(*lead, -1)], axis=-1)
 
 
+def last_logits(condensed: np.ndarray) -> np.ndarray:
+    """`[..., VOCABULARY]` of the last position, from `[..., condensed]`."""
+    last = _POSITIONS.index(LENGTH - 1)
+    return condensed[..., last * VOCABULARY : (last + 1) * VOCABULARY]
+
+
 def difference(ours: np.ndarray, reference: np.ndarray) -> float:
     """The largest absolute difference; infinite where anything is not a number."""
     gap = np.abs(ours - reference)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlora import peft
+from jaxlora.backend import Backend, XlaBackend
 from jaxlora.config import ModelConfig
 
 from . import checkpoints, recording
@@ -20,6 +21,8 @@ from .recording import TOLERANCE, Record, difference
 
 OursOf = Callable[[str], Ours]
 RecordOf = Callable[[str, str], Record]
+# Compiling with XLA takes long. These two have what only attention over the cache does: a window, and heads of another size.
+XLA_ARCHITECTURES = ("mistral", "qwen3")
 # What a fault must change at the least to be sure of being seen.
 VISIBLE = 100 * TOLERANCE
 
@@ -82,6 +85,38 @@ def test_logits_with_an_adapter_as_training_applies_it(case: Case) -> None:
     adapter = list(ADAPTERS)[list(ARCHITECTURES).index(case.ours.architecture) % len(ADAPTERS)]
     ours = case.ours.training_form(case.ours.adapters[adapter].modules)
     assert difference(ours, case.record.logits[VARIANTS.index(adapter)]) < TOLERANCE
+
+
+def test_greedy_tokens_of_the_engine(case: Case, serving_backend: Backend) -> None:
+    check_greedy(case, serving_backend)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES if "fresh" in SOURCES else XLA_ARCHITECTURES)
+def test_greedy_tokens_of_the_engine_in_plain_xla(architecture: str, ours_of: OursOf, record_of: RecordOf) -> None:
+    check_greedy(Case(ours_of(architecture), record_of("stored", architecture)), XlaBackend())
+
+
+def check_greedy(case: Case, backend: Backend) -> None:
+    tokens, logprobs = case.ours.greedy(backend)
+    assert tokens.tolist() == case.record.greedy.tolist()
+    # A log-probability is a difference of two numbers that move as far as the logits.
+    assert difference(logprobs, case.record.greedy_logprobs) < 2 * TOLERANCE
+
+
+def test_first_tokens_of_the_engine_in_bfloat16_are_off_no_further_than_the_rounding(case: Case, serving_backend: Backend) -> None:
+    ours, reference, exact = [], [], []
+    recorded = (log_softmax(recording.last_logits(logits)) for logits in (case.record.bfloat16, case.record.logits[0]))
+    for found, in_bfloat16, in_float32 in zip(case.ours.first_tokens(serving_backend, "bfloat16"), *recorded, strict=True):
+        ours += found.values()
+        reference += in_bfloat16[list(found)].tolist()
+        exact += in_float32[list(found)].tolist()
+    rms, largest = recording.bfloat16_ratios(np.array(ours), np.array(reference), np.array(exact))
+    assert rms < recording.BFLOAT16_RMS_RATIO
+    assert largest < recording.BFLOAT16_MAX_RATIO
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
 def test_every_adapter_changes_every_row_by_far_more_than_the_tolerance(case: Case) -> None:
