@@ -29,6 +29,9 @@ class Backend(Protocol):
     def batch_sizes(self, slots: int) -> tuple[int, ...]:
         """The numbers of rows that a decode step may have, ascending; the last is `slots`."""
 
+    def chunk_lengths(self, chunk: int) -> tuple[int, ...]:
+        """The numbers of tokens that a prefill step may have, ascending; the last is `chunk`."""
+
     def linears(self, config: ModelConfig, weights: Weights, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
         """The model's linear layers with the adapter of bank slot `row_slots[b]` (int32 `[B]`, -1: none) applied to row b."""
 
@@ -47,6 +50,9 @@ class XlaBackend:
 
     def batch_sizes(self, slots: int) -> tuple[int, ...]:
         return (slots,)
+
+    def chunk_lengths(self, chunk: int) -> tuple[int, ...]:
+        return (chunk,)
 
     def linears(self, config: ModelConfig, weights: Weights, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
         return plain_linears(config, weights, lora.adapt_rows(layout, bank, row_slots))
@@ -103,6 +109,10 @@ class NativeBackend:
         while sizes[-1] * 2 < slots:
             sizes.append(sizes[-1] * 2)
         return (*sizes, slots) if slots > 1 else (1,)
+
+    def chunk_lengths(self, chunk: int) -> tuple[int, ...]:
+        # A short prompt need not pay for a whole chunk.
+        return tuple(sorted({max(chunk // 4, 2), max(chunk // 2, 2), chunk}))
 
     def linears(self, config: ModelConfig, weights: Weights, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
         def linears(layer: int | None, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:

@@ -185,7 +185,9 @@ class Engine:
         if not prefilling:
             return
         sequence = min(prefilling, key=lambda sequence: sequence.started)
-        batch = prefill_batch(sequence, self._program.sizes.prefill_chunk, self._program.config.vocab_size)
+        left = len(sequence.request.prompt) - sequence.written
+        chunk = next((length for length in self._program.chunk_lengths if length >= left), self._program.sizes.prefill_chunk)
+        batch = prefill_batch(sequence, chunk, self._program.config.vocab_size)
         sampled = self._program.run(batch)
         sequence.written += int(batch.lengths[0])
         if not sequence.prefilling:

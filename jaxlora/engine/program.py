@@ -71,6 +71,7 @@ class Program:
         )
         self._step = jax.jit(self._trace, donate_argnames="state", static_argnames="every_slot")
         self.batch_sizes = backend.batch_sizes(sizes.slots)
+        self.chunk_lengths = backend.chunk_lengths(sizes.prefill_chunk)
 
     def run(self, batch: Batch) -> Sampled:
         """One step: reads the rows' tokens, stores their keys and values, and samples a next token for every row. Waits for the result."""
@@ -87,9 +88,9 @@ class Program:
 
     def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
         """Compiles every step. Rows are idle, so the state stays empty."""
-        shapes = [(1, self.sizes.prefill_chunk), *((rows, 1) for rows in self.batch_sizes)]
+        shapes = [*((1, length) for length in self.chunk_lengths), *((rows, 1) for rows in self.batch_sizes)]
         for index, (rows, length) in enumerate(shapes):
-            progress(f"compiling {'prefill' if length > 1 else f'decode x {rows}'} ({index + 1}/{len(shapes)})")
+            progress(f"compiling {f'prefill x {length}' if length > 1 else f'decode x {rows}'} ({index + 1}/{len(shapes)})")
             self.run(idle_batch(rows, length, self.config.vocab_size))
         self.put_adapter(0, np.zeros(self.layout.size, np.float32), 0)
         jax.block_until_ready(self.bank)
