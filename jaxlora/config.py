@@ -151,12 +151,16 @@ class ModelConfig:
         if num_heads % num_kv_heads:
             problems.append(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
         head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
+        eos = config.get("eos_token_id")
+        eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+        outside = [token for token in eos if not 0 <= token < config["vocab_size"]]
+        if outside:
+            problems.append(f"eos_token_id {outside} is not between 0 and {config['vocab_size'] - 1}")
         if head_dim % 2:
             problems.append(f"head_dim {head_dim} is odd")
         if problems:
             raise SetupError("\n".join(problems))
         bias = bool(config.get("attention_bias", False))
-        eos = config.get("eos_token_id")
         return cls(
             architecture=architecture,
             vocab_size=config["vocab_size"],
@@ -175,7 +179,7 @@ class ModelConfig:
             qk_norm=architecture == "qwen3",
             windows=_windows(architecture, config),
             max_positions=int(config["max_position_embeddings"]),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_token_ids=eos,
         )
 
 

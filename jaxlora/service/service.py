@@ -50,6 +50,10 @@ class LoraService:
         self.config = ModelConfig.from_folder(folder)
         check_length(settings, self.config)
         self.tokenizer = Tokenizer.from_folder(folder)
+        if self.tokenizer.vocab_size > self.config.vocab_size:
+            raise SetupError(
+                f"MODEL: the tokenizer knows {self.tokenizer.vocab_size} ids, the model {self.config.vocab_size}; they don't belong together"
+            )
         chosen, line = backend.choose(settings.cache_dir / "native")
         progress(line)
         progress(f"loading weights ({settings.dtype})")
