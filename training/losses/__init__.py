@@ -25,7 +25,7 @@ Batch = Mapping[str, Array]
 class LogProbs(Protocol):
     """Log-probabilities under a model."""
 
-    def __call__(self, tokens: Array, segments: Array | None = None, temperature: float = 1.0) -> Array:
+    def __call__(self, tokens: Array, segments: Array | None = None, temperature: float = 1.0, wanted: Array | None = None) -> Array:
         """float32 `[B, T]`: entry t is log p(tokens[:, t] | tokens before it), and 0 for t = 0.
 
         Arguments:
@@ -33,6 +33,7 @@ class LogProbs(Protocol):
             segments: int32 `[B, T]`, which packed example each token belongs to; None: one example a row. What a segment's first token
                 gets has no meaning.
             temperature: divides the logits.
+            wanted: `[B, T]`: where it is 0 the result is 0 as well, and the vocabulary is not computed. None: everywhere.
         """
 
 

@@ -11,5 +11,5 @@ def sft(policy: LogProbs, reference: LogProbs, batch: Batch) -> Terms:
     Batch: `tokens` int32 `[B, T]`, `mask` `[B, T]`, and `segments` int32 `[B, T]` where examples are packed.
     """
     mask = batch["mask"].astype(jnp.float32)
-    total = -jnp.sum(policy(batch["tokens"], batch.get("segments")) * mask)
+    total = -jnp.sum(policy(batch["tokens"], batch.get("segments"), wanted=mask) * mask)
     return Terms(total, jnp.sum(mask), {})

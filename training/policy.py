@@ -1,0 +1,145 @@
+"""The model as losses see it: log-probabilities of given tokens under the base model with an adapter.
+
+Only the adapter gets gradients. Logits never lie in memory for more than a block of tokens.
+"""
+
+import dataclasses
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxlora.config import OUTPUT_LAYER, ModelConfig
+from jaxlora.lora import Adapter
+from jaxlora.model import Linears, hidden_states, no_adapter, plain_linears, project
+from jaxlora.weights import Weights
+
+BLOCK = 256  # tokens whose logits are computed at the same time
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """What is random in training. `dropout` is the share of the inputs of `lora_A` that are dropped, as in PEFT; `embeddings` is alpha of
+    NEFTune (Jain et al. 2023): uniform noise of size alpha / sqrt(T D) on the embedded tokens."""
+
+    dropout: float = 0.0
+    embeddings: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Implements `training.losses.LogProbs`.
+
+    Arguments:
+        adapter: None is the base model.
+        noise: needs `key`; without a key there is none.
+        remat: keep the inputs of the layers only for the backward pass: less memory, a third more time.
+    """
+
+    config: ModelConfig
+    weights: Weights
+    adapter: Adapter | None
+    key: Array | None = None
+    noise: Noise = Noise()
+    remat: bool = False
+
+    def __call__(
+        self, tokens: Array, segments: Array | None = None, temperature: float = 1.0, wanted: Array | None = None
+    ) -> Array:
+        linears = plain_linears(self.config, self.weights, self._adapt)
+        hidden = hidden_states(self.config, self.weights, tokens, linears, segments, self._embedded, self.remat)
+        wanted = jnp.ones_like(tokens) if wanted is None else wanted
+        # The state at t - 1 predicts token t.
+        hidden, targets, wanted = hidden[:, :-1].reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1), wanted[:, 1:].reshape(-1)
+        if self.adapter is not None and OUTPUT_LAYER in self.adapter.a:
+            found = jnp.where(wanted != 0, _of_targets(project(linears, hidden) / temperature, targets), 0.0)
+        else:
+            found = target_log_probs(self.weights.head, hidden, jnp.where(wanted != 0, targets, -1), jnp.float32(temperature))
+        return jnp.pad(found.reshape(tokens.shape[0], -1), ((0, 0), (1, 0)))
+
+    def _adapt(self, path: str, x: Array, y: Array) -> Array:
+        if self.adapter is None:
+            return no_adapter(path, x, y)
+        if self.key is None or not self.noise.dropout:
+            return self.adapter(path, x, y)
+        # crc32 and not hash(), which differs from process to process.
+        kept = jax.random.bernoulli(jax.random.fold_in(self.key, zlib.crc32(path.encode())), 1 - self.noise.dropout, x.shape)
+        return self.adapter(path, jnp.where(kept, x / (1 - self.noise.dropout), 0).astype(x.dtype), y)
+
+    def _embedded(self, x: Array) -> Array:
+        if self.key is None or not self.noise.embeddings:
+            return x
+        size = self.noise.embeddings / (x.shape[1] * x.shape[2]) ** 0.5
+        return x + jax.random.uniform(jax.random.fold_in(self.key, 0), x.shape, jnp.float32, -size, size).astype(x.dtype)
+
+
+def target_log_probs(head: Any, hidden: Array, targets: Array, temperature: Array) -> Array:
+    """float32 `[N]`: log-softmax of `head(hidden) / temperature` at the targets; 0 where a target is -1.
+
+    The head is frozen, so a token's gradient with respect to its hidden state is one vector, computed together with the logits: a block
+    of logits is made once and thrown away. Blocks without any target are skipped, for which tokens with a target are sorted to the front.
+
+    Arguments:
+        head: `[..., D] -> [..., V]`, a `jaxlora.weights.Dense`.
+        hidden: `[N, D]`.
+        targets: int32 `[N]`.
+    """
+    count = hidden.shape[0]
+    order = jnp.argsort(targets < 0, stable=True)
+    block = min(BLOCK, count)
+    filling = -count % block
+    sorted_hidden = jnp.pad(hidden[order], ((0, filling), (0, 0)))
+    sorted_targets = jnp.pad(targets[order], (0, filling), constant_values=-1)
+    found = _blocks(head, sorted_hidden.reshape(-1, block, hidden.shape[1]), sorted_targets.reshape(-1, block), temperature)
+    return jnp.zeros(count, jnp.float32).at[order].set(found.reshape(-1)[:count])
+
+
+@jax.custom_vjp
+def _blocks(head: Any, hidden: Array, targets: Array, temperature: Array) -> Array:
+    """hidden `[K, block, D]`, targets `[K, block]` -> `[K, block]`."""
+
+    def block(hidden: Array, targets: Array) -> Array:
+        return jnp.where(targets < 0, 0.0, _of_targets(head(hidden).astype(jnp.float32) / temperature, targets))
+
+    return _map_blocks(block, hidden, targets, lambda: jnp.zeros(targets.shape[1], jnp.float32))
+
+
+def _blocks_forward(head: Any, hidden: Array, targets: Array, temperature: Array) -> tuple[Array, tuple[Any, ...]]:
+    def block(hidden: Array, targets: Array) -> tuple[Array, Array]:
+        logits = head(hidden).astype(jnp.float32) / temperature
+        found = _of_targets(logits, targets)
+        # d log p(target) / d logits = onehot(target) - softmax
+        slope = jax.nn.one_hot(targets, logits.shape[1]) - jax.nn.softmax(logits)
+        slope = jnp.where((targets < 0)[:, None], 0.0, slope).astype(hidden.dtype)
+        precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+        along = jnp.einsum("nv,dv->nd", slope, head.kernel, precision=precision, preferred_element_type=jnp.float32) / temperature
+        return jnp.where(targets < 0, 0.0, found), along
+
+    size, width = targets.shape[1], hidden.shape[2]
+    found, along = _map_blocks(
+        block, hidden, targets, lambda: (jnp.zeros(size, jnp.float32), jnp.zeros((size, width), jnp.float32))
+    )
+    return found, (along, jnp.zeros((), hidden.dtype))
+
+
+def _blocks_backward(kept: tuple[Any, ...], slope: Array) -> tuple[Any, ...]:
+    along, like = kept
+    return None, (slope[..., None] * along).astype(like.dtype), None, None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _map_blocks(block: Any, hidden: Array, targets: Array, nothing: Any) -> Any:
+    def run(_: None, inputs: tuple[Array, Array]) -> tuple[None, Any]:
+        return None, jax.lax.cond(jnp.any(inputs[1] >= 0), block, lambda *_: nothing(), *inputs)
+
+    return jax.lax.scan(run, None, (hidden, targets))[1]
+
+
+def _of_targets(logits: Array, targets: Array) -> Array:
+    """log-softmax of `[N, V]` at the targets `[N]`; -1 gives a number without meaning."""
+    picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
+    return picked - jax.nn.logsumexp(logits, axis=1)

@@ -1,0 +1,179 @@
+"""One optimizer step: gradients of all micro-batches added up in one scan, clipped, and given to the optimizer.
+
+Pure functions on a pytree of state. Knows no data, no files and no particular loss.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxlora.config import ModelConfig
+from jaxlora.lora import Adapter
+from jaxlora.weights import Weights
+from training.losses import Batch, LogProbs, Loss, Terms
+from training.method import Window
+from training.policy import Noise, Policy
+
+AXIS = "data"
+LARGEST_SCALE, GROW_AFTER = 2.0**24, 200
+
+
+@struct.dataclass
+class State:
+    """All that a run changes. `scale` multiplies the loss before the backward pass (1 unless training in float16), `good_steps` counts
+    the steps since it changed."""
+
+    adapter: Adapter
+    optimizer: Any
+    step: Array
+    scale: Array
+    good_steps: Array
+
+
+@struct.dataclass
+class Report:
+    """What a step tells. `loss` is total / count and `grad_norm` is before clipping, both NaN or infinite where the step was skipped
+    for that; `metrics` are sum / denominator."""
+
+    loss: Array
+    count: Array
+    grad_norm: Array
+    finite: Array
+    scale: Array
+    metrics: dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """`b_rate` is the ratio of LoRA+ (Hayou et al. 2024): how many times faster B learns than A. `max_norm` 0: no clipping."""
+
+    max_norm: float = 1.0
+    b_rate: float = 1.0
+    noise: Noise = Noise()
+    remat: bool = False
+    loss_scaling: bool = False
+
+
+def new_state(adapter: Adapter, optimizer: optax.GradientTransformation, scale: float = 1.0) -> State:
+    """The state before the first step."""
+    return State(adapter, optimizer.init(adapter), jnp.int32(0), jnp.float32(scale), jnp.int32(0))
+
+
+def make_step(
+    config: ModelConfig, loss: Loss, optimizer: optax.GradientTransformation, options: StepOptions, mesh: Mesh | None = None
+) -> Callable[[State, Weights, Adapter | None, Window, Array], tuple[State, Report]]:
+    """`step(state, weights, reference, window, key)`, compiled once for each shape of window. The state is given away.
+
+    Arguments:
+        mesh: with one axis, `data`: every device takes its share of the examples of each micro-batch.
+    """
+
+    def slopes_of(window: Window, weights: Weights, reference: Adapter | None, adapter: Adapter, key: Array, scale: Array) -> Any:
+        def scaled_total(adapter: Adapter, batch: Batch, key: Array) -> tuple[Array, Terms]:
+            policy = Policy(config, weights, adapter, key, options.noise, options.remat)
+            terms = loss(policy, _frozen(Policy(config, weights, reference)), batch)
+            return terms.total * scale, terms
+
+        def of_batch(batch: Batch, number: Array) -> tuple[Adapter, Terms]:
+            return jax.grad(scaled_total, has_aux=True)(adapter, batch, jax.random.fold_in(key, number))
+
+        return _sum_over_batches(of_batch, window)
+
+    slopes_of = _over_devices(slopes_of, mesh)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: State, weights: Weights, reference: Adapter | None, window: Window, key: Array) -> tuple[State, Report]:
+        key = jax.random.fold_in(key, state.step)
+        slopes, terms = slopes_of(window, weights, reference, state.adapter, key, state.scale)
+        slopes = jax.tree.map(lambda slope: slope / (state.scale * _divisor(terms.count)), slopes)
+        return _update(optimizer, options, state, slopes, terms)
+
+    return step
+
+
+def make_evaluation(
+    config: ModelConfig, loss: Loss, mesh: Mesh | None = None
+) -> Callable[[Adapter | None, Weights, Adapter | None, Window], Terms]:
+    """`evaluate(adapter, weights, reference, window)`: the terms of a window, without noise. Compiled once for each shape of window."""
+
+    def terms_of(window: Window, weights: Weights, reference: Adapter | None, adapter: Adapter | None) -> Terms:
+        policy, reference = Policy(config, weights, adapter), Policy(config, weights, reference)
+        return _sum_over_batches(lambda batch, number: loss(policy, reference, batch), window)
+
+    terms_of = _over_devices(terms_of, mesh)
+    return jax.jit(lambda adapter, weights, reference, window: terms_of(window, weights, reference, adapter))
+
+
+def _update(
+    optimizer: optax.GradientTransformation, options: StepOptions, state: State, slopes: Adapter, terms: Terms
+) -> tuple[State, Report]:
+    loss, norm = terms.total / _divisor(terms.count), optax.global_norm(slopes)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if options.max_norm:
+        slopes = jax.tree.map(lambda slope: slope * jnp.minimum(1.0, options.max_norm / jnp.maximum(norm, 1e-30)), slopes)
+    updates, after = optimizer.update(slopes, state.optimizer, state.adapter)
+    updates = updates.replace(b=jax.tree.map(lambda update: options.b_rate * update, updates.b))
+    taken = finite & (terms.count > 0)
+    adapter, after = jax.tree.map(
+        lambda new, old: jnp.where(taken, new, old),
+        (optax.apply_updates(state.adapter, updates), after),
+        (state.adapter, state.optimizer),
+    )
+    scale, good_steps = _next_scale(state.scale, state.good_steps, finite) if options.loss_scaling else (state.scale, state.good_steps)
+    metrics = {name: total / _divisor(count) for name, (total, count) in terms.metrics.items()}
+    return State(adapter, after, state.step + 1, scale, good_steps), Report(loss, terms.count, norm, finite, state.scale, metrics)
+
+
+def _next_scale(scale: Array, good_steps: Array, finite: Array) -> tuple[Array, Array]:
+    """Halved after an overflow, doubled after a while without one (Micikevicius et al. 2018)."""
+    good_steps = jnp.where(finite, good_steps + 1, 0)
+    grow = good_steps >= GROW_AFTER
+    scale = jnp.where(finite, jnp.where(grow, jnp.minimum(2 * scale, LARGEST_SCALE), scale), jnp.maximum(scale / 2, 1.0))
+    return scale, jnp.where(grow, 0, good_steps)
+
+
+def _sum_over_batches(of_batch: Callable[[Batch, Array], Any], window: Window) -> Any:
+    """The sum of `of_batch(batch, number)` over the first axis of a window, in float32."""
+
+    def add(total: Any, item: tuple[Batch, Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_batch(*item)), None
+
+    numbers = jnp.arange(jax.tree.leaves(window)[0].shape[0])
+    first = jax.tree.map(lambda array: array[0], (window, numbers))
+    zeros = jax.tree.map(lambda found: jnp.zeros(found.shape, jnp.float32), jax.eval_shape(of_batch, *first))
+    return jax.lax.scan(add, zeros, (window, numbers))[0]
+
+
+def _over_devices(summed: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """`summed(window, weights, reference, adapter, *others)` on each device's share of the window, added up."""
+    if mesh is None:
+        return summed
+
+    def share(window: Window, weights: Weights, reference: Any, adapter: Any, *others: Any) -> Any:
+        if others:
+            key, *rest = others
+            others = (jax.random.fold_in(key, jax.lax.axis_index(AXIS)), *rest)
+        return jax.lax.psum(summed(window, weights, reference, adapter, *others), AXIS)
+
+    def over_all(window: Window, *others: Any) -> Any:
+        specs = (P(None, AXIS), *[P()] * len(others))
+        return jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(window, *others)
+
+    return over_all
+
+
+def _frozen(model: Policy) -> LogProbs:
+    return lambda *arguments, **named: jax.lax.stop_gradient(model(*arguments, **named))
+
+
+def _divisor(count: Array) -> Array:
+    return jnp.where(count == 0, 1.0, count)

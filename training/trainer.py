@@ -1,0 +1,228 @@
+"""The training loop: steps, checkpoints, evaluation, early stopping, signals. Knows no method, no text and no store."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlora.config import ModelConfig
+from jaxlora.lora import Adapter
+from jaxlora.weights import Weights
+from training.checkpoints import Checkpoints
+from training.curve import draw
+from training.method import HeldOut, Method, Window
+from training.optimizers import make_optimizer, make_schedule
+from training.options import Options
+from training.policy import Noise
+from training.progress import Display
+from training.run_folder import RunFolder
+from training.step import AXIS, State, StepOptions, make_evaluation, make_step, new_state
+
+FIRST_SCALE = 2.0**12  # of the loss, in float16
+
+
+class TrainingStopped(Exception):
+    """The run did not get to its end; `str()` says why, and what to do."""
+
+
+class Interrupted(TrainingStopped):
+    """A signal ended the run; its state is saved. `signal` is the signal's number."""
+
+    def __init__(self, number: int, step: int):
+        self.signal = number
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; the same command goes on from there")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run ends with: the adapter, the optimizer step that it is of, and its scores on held-out data."""
+
+    adapter: Adapter
+    step: int
+    scores: Mapping[str, float]
+
+
+@dataclasses.dataclass
+class _Best:
+    """The best evaluation so far, for early stopping."""
+
+    score: float = math.inf
+    step: int = 0
+    worse: int = 0
+
+
+class Trainer:
+    """One run.
+
+    Arguments:
+        start: the adapter to start from.
+        held_out_scores: more scores of an adapter on held-out data, for example task metrics, by name.
+        say: told what is going on before there is a progress bar.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        config: ModelConfig,
+        weights: Weights,
+        method: Method,
+        start: Adapter,
+        folder: RunFolder,
+        say: Callable[[str], None],
+        held_out_scores: Callable[[Adapter], Mapping[str, float]] = lambda adapter: {},
+    ):
+        self._options, self._method, self._folder, self._say = options, method, folder, say
+        self._held_out_scores = held_out_scores
+        self.total_steps = options.max_steps or max(1, math.ceil(options.epochs * method.source.steps_per_epoch))
+        self._schedule = make_schedule(
+            options.schedule, options.schedule_args,
+            peak=options.lr, warmup_steps=round(options.warmup * self.total_steps), total_steps=self.total_steps,
+        )  # fmt: skip
+        self._optimizer = make_optimizer(options.optimizer, options.optimizer_args, self._schedule)
+        self._mesh = _mesh(options.micro_batch)
+        step_options = StepOptions(
+            options.max_grad_norm, options.lora_plus, Noise(options.dropout, options.neftune), options.remat, options.dtype == "float16"
+        )
+        self.step = make_step(config, method.loss, self._optimizer, step_options, self._mesh)
+        self._evaluate = make_evaluation(config, method.loss, self._mesh)
+        self._weights = self._everywhere(weights)
+        self._start = start
+        self._reference = self._everywhere(start) if method.reference == "start" else None
+        self._key = self._everywhere(jax.random.key(options.seed))
+        self._saved_at = (0, time.monotonic())
+        self._signal: int | None = None
+
+    def run(self) -> Outcome:
+        """Trains to the end, from the newest checkpoint if there is one.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT; the state is saved.
+            TrainingStopped: the loss is not a number.
+        """
+        checkpoints = Checkpoints(self._folder.checkpoints, self._options.keep_checkpoints, self._say)
+        # A copy: the first step gives its state away, and the start may be the reference.
+        state = new_state(jax.tree.map(jnp.copy, self._start), self._optimizer, FIRST_SCALE if self._options.dtype == "float16" else 1.0)
+        saved = checkpoints.load({"state": state, "best": state.adapter})
+        best, scores, best_adapter = _Best(), {}, jax.device_get(state.adapter)
+        if saved:
+            state, best_adapter = saved.state["state"], saved.state["best"]
+            best, scores = _Best(**saved.facts["best"]), saved.facts["scores"]
+            self._say(f"going on from step {saved.step} of {self.total_steps}")
+        first = saved.step if saved else 0
+        self._folder.forget_after(first)
+        state = self._everywhere(state)
+        self._saved_at = (first, time.monotonic())
+        ended = saved is not None and saved.facts["ended"]
+
+        def save(step: int, ended: bool = False) -> None:
+            facts = {"best": dataclasses.asdict(best), "scores": dict(scores), "ended": ended, "seed": self._options.seed}
+            checkpoints.save(step, {"state": state, "best": best_adapter}, facts)
+            self._saved_at = (step, time.monotonic())
+
+        with Display(self.total_steps, first, self._folder.path) as display, self._signals():
+            self._say = display.say
+            done = first
+            while done < self.total_steps and not ended:
+                state, entry = self._one_step(done, state)
+                done += 1
+                last = done == self.total_steps
+                if last or done % self._options.log_every == 0:
+                    self._folder.log(entry)
+                display.step(entry)
+                if self._method.held_out is not None and (last or done % self._eval_every == 0):
+                    scores = self.evaluate(state.adapter, self._method.held_out)
+                    self._folder.log({"step": done, **scores})
+                    display.scores({"step": done, **scores})
+                    if scores["eval_loss"] < best.score:
+                        best, best_adapter = _Best(scores["eval_loss"], done), jax.device_get(state.adapter)
+                    else:
+                        best.worse += 1
+                    ended = bool(self._options.early_stop) and best.worse >= self._options.early_stop
+                ended = ended or last
+                if ended or self._signal or self._is_time_to_save(done):
+                    save(done, ended)
+                if self._signal and not ended:
+                    raise Interrupted(self._signal, done)
+        draw(self._folder.metrics(), self._folder.path / "loss.png")
+        if self._options.early_stop and best.step:
+            done, state = best.step, state.replace(adapter=best_adapter)
+            scores = next(entry for entry in reversed(self._folder.metrics()) if entry["step"] == done and "eval_loss" in entry)
+            scores = {name: value for name, value in scores.items() if name != "step"}
+        return Outcome(state.adapter, done, scores)
+
+    def evaluate(self, adapter: Adapter | None, held_out: HeldOut) -> dict[str, float]:
+        """`eval_loss`, `eval_<metric>` of the loss, and the further scores, of an adapter (None: the base model)."""
+        adapter, sums = self._everywhere(adapter), None
+        for window in held_out.windows():
+            terms = jax.device_get(self._evaluate(adapter, self._weights, self._reference, self._placed(window)))
+            # In float64: over a large set, sums in float32 lose what they add.
+            terms = jax.tree.map(np.float64, terms)
+            sums = terms if sums is None else jax.tree.map(np.add, sums, terms)
+        found = {"eval_loss": float(sums.total / max(sums.count, 1e-30))}
+        found |= {f"eval_{name}": float(total / max(count, 1e-30)) for name, (total, count) in sums.metrics.items()}
+        return found | dict(self._held_out_scores(adapter))
+
+    def _one_step(self, done: int, state: State) -> tuple[State, dict[str, Any]]:
+        started = time.monotonic()
+        window = self._method.source.window(done, state.adapter)
+        facts = dict(self._method.source.start_metrics(done))
+        tokens, scale = facts.pop("tokens", None), float(state.scale)
+        state, report = self.step(state, self._weights, self._reference, self._placed(window), self._key)
+        report = jax.device_get(report)
+        if not report.finite and (self._options.dtype != "float16" or scale <= 1):
+            lines = ", ".join(map(str, self._method.source.lines(done)))
+            raise TrainingStopped(
+                f"step {done + 1}: the loss is {report.loss:g} and the gradient's norm {report.grad_norm:g}, on lines {lines} of {self._options.data};"
+                f" the last good checkpoint stays. Look at these lines, or start over with a lower --lr (--restart)"
+            )
+        entry = {"step": done + 1, "loss": float(report.loss), "grad_norm": float(report.grad_norm), "lr": float(self._schedule(done)), "count": float(report.count)}
+        if self._options.dtype == "float16":
+            entry |= {"loss_scale": float(report.scale), "skipped": int(not report.finite)}
+        if tokens:
+            entry["tokens_per_second"] = tokens / (time.monotonic() - started)
+        return state, entry | {name: float(value) for name, value in report.metrics.items()} | facts
+
+    @property
+    def _eval_every(self) -> int:
+        return self._options.eval_every or max(1, math.ceil(self._method.source.steps_per_epoch))
+
+    def _is_time_to_save(self, done: int) -> bool:
+        step, at = self._saved_at
+        return done - step >= self._options.checkpoint_every or time.monotonic() - at >= 60 * self._options.checkpoint_minutes
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Lets the current step finish when the process is asked to end."""
+
+        def remember(number: int, frame: Any) -> None:
+            self._signal = number
+
+        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _everywhere(self, tree: Any) -> Any:
+        return jax.device_put(tree, NamedSharding(self._mesh, P())) if self._mesh else jax.tree.map(jnp.asarray, tree)
+
+    def _placed(self, window: Window) -> dict[str, Array]:
+        return jax.device_put(dict(window), NamedSharding(self._mesh, P(None, AXIS)) if self._mesh else None)
+
+
+def _mesh(micro_batch: int) -> Mesh | None:
+    """All local devices that share a micro-batch evenly; None for one."""
+    devices = jax.local_devices()
+    count = max(count for count in range(1, len(devices) + 1) if micro_batch % count == 0)
+    return Mesh(np.array(devices[:count]), (AXIS,)) if count > 1 else None
