@@ -5,15 +5,17 @@ losses as `training.losses` defines them. Letters in shapes: B examples of a bat
 
 A batch of pairs has `chosen`, `rejected` int32 `[B, T]` (prompt and answer) and `chosen_mask`, `rejected_mask` `[B, T]`; also
 `chosen_reference`, `rejected_reference` float32 `[B]` where the reference's log-probabilities of the answers are known already. A batch of
-single answers has `tokens`, `mask`, `desirable` `[B]`, `kl` float32 `[B]` (the same number everywhere), and optionally `reference` `[B]`.
+single answers has `tokens`, `mask` and `desirable` `[B]`; `other` and `other_mask` `[B, T]`, the same prompts with answers to other prompts;
+and `kl` float32 `[B]`, the same number everywhere, where the divergence is known already.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from training.losses import Batch, LogProbs, Terms
@@ -154,19 +156,40 @@ class UnpairedLoss:
 
     def __call__(self, policy: LogProbs, reference: LogProbs, batch: Batch) -> Terms:
         mask = batch["mask"]
-        ref_logps = batch["reference"] if "reference" in batch else answer_logps(reference, batch["tokens"], mask)
-        answers = Answers(answer_logps(policy, batch["tokens"], mask), ref_logps, mask.sum(axis=1))
         live = live_rows(mask)
+        if "kl" in batch:
+            kl = batch["kl"]
+        else:
+            divergence = other_divergence(policy, reference, batch)
+            kl = jnp.broadcast_to(jnp.maximum(divergence.total / jnp.maximum(divergence.count, 1), 0), live.shape)
+        answers = Answers(
+            answer_logps(policy, batch["tokens"], mask), answer_logps(reference, batch["tokens"], mask), mask.sum(axis=1)
+        )
         desirable = batch["desirable"] > 0
-        losses = kto(answers, desirable, batch["kl"], self.beta, self.desirable_weight, self.undesirable_weight)
+        losses = kto(answers, desirable, jax.lax.stop_gradient(kl), self.beta, self.desirable_weight, self.undesirable_weight)
         good, bad = live * desirable, live * ~desirable
         rewards = self.beta * answers.ratios
         metrics = {
-            "kl": (jnp.sum(batch["kl"] * live), live.sum()),
+            "kl": (jnp.sum(kl * live), live.sum()),
             "rewards/chosen": (jnp.sum(rewards * good), good.sum()),
             "rewards/rejected": (jnp.sum(rewards * bad), bad.sum()),
         }
         return Terms(jnp.sum(losses * live), live.sum(), metrics)
+
+
+def other_divergence(policy: LogProbs, reference: LogProbs, batch: Batch) -> Terms:
+    """The policy's divergence from the reference on answers to other prompts, as a loss: the batch's mean is KTO's z0 before it is cut
+    at 0. A window's z0 needs all of its micro-batches, so it is computed before the step that uses it."""
+    mask = batch["other_mask"]
+    ratios = answer_logps(policy, batch["other"], mask) - answer_logps(reference, batch["other"], mask)
+    live = live_rows(mask)
+    return Terms(jnp.sum(ratios * live), live.sum(), {})
+
+
+def with_kl(window: Mapping[str, np.ndarray], divergence: float) -> dict[str, np.ndarray]:
+    """A window `[M, B, ...]` with KTO's z0 in the place of what it is estimated on."""
+    kept = {name: array for name, array in window.items() if name not in ("other", "other_mask")}
+    return {**kept, "kl": np.full(window["mask"].shape[:2], max(divergence, 0.0), np.float32)}
 
 
 def answer_logps(model: LogProbs, tokens: Array, mask: Array) -> Array:
