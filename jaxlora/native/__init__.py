@@ -1,4 +1,4 @@
-"""Kernels for CPUs behind `jax.ffi`: products with packed weights, attention over a cache, low-rank updates by adapter.
+"""Kernels for CPUs behind `jax.ffi`: products with packed weights, attention over a cache, low-rank updates by adapter, greedy choice.
 
 Contract
 - `load(build_dir)` gives `Kernels`, or one line that says why there are none: no compiler, another machine, a CPU without AVX2.
@@ -13,6 +13,8 @@ Knows nothing of models, adapters as files, or the engine.
 """
 
 from jaxlora.native.kernels import Kernels, LoraModule, Packed, load, pack_linear
-from jaxlora.native.twins import twin_attention, twin_linear, twin_lora
+from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_linear, twin_lora
 
-__all__ = ["Kernels", "LoraModule", "Packed", "load", "pack_linear", "twin_attention", "twin_linear", "twin_lora"]
+__all__ = [
+    "Kernels", "LoraModule", "Packed", "load", "pack_linear", "twin_argmax_logsumexp", "twin_attention", "twin_linear", "twin_lora",
+]

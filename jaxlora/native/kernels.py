@@ -130,6 +130,13 @@ class Kernels:
             **dict(zip(("a_offsets", "b_offsets", "columns", "widths"), columns)),
         )
 
+    @staticmethod
+    def argmax_logsumexp(logits: Array) -> tuple[Array, Array]:
+        """int32 [m] index of the first largest value and float32 [m] log of the sum of exponentials, of finite float32 logits [m, n]."""
+        rows = logits.shape[:1]
+        results = [jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, jnp.float32)]
+        return tuple(jax.ffi.ffi_call("jaxlora_summarize", results)(logits))
+
 
 _lock = threading.Lock()
 _loaded: list[tuple[pathlib.Path, ctypes.CDLL]] = []  # at most one: the targets of jax.ffi belong to the process
@@ -158,7 +165,7 @@ def load(build_dir: os.PathLike[str] | str, isa: str | None = None) -> Kernels |
             except (build.BuildError, OSError) as error:
                 return str(error)
             library.jaxlora_select.restype = ctypes.c_char_p
-            for name in ("linear_f32", "linear_bf16", "attention", "lora"):
+            for name in ("linear_f32", "linear_bf16", "attention", "lora", "summarize"):
                 handler = jax.ffi.pycapsule(getattr(library, f"jaxlora_{name}"))
                 jax.ffi.register_ffi_target(f"jaxlora_{name}", handler, platform="cpu")
             _loaded.append((path, library))

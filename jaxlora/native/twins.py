@@ -57,3 +57,8 @@ def twin_lora(y: Array, x: Array, bank: Array, row_slot: Array, rank: Array, *, 
         delta = jnp.einsum("msr,srn->mn", hidden, b, precision="highest")
         y = y.at[:, module.column : module.column + module.width].add(delta)
     return y
+
+
+def twin_argmax_logsumexp(logits: Array) -> tuple[Array, Array]:
+    """As `Kernels.argmax_logsumexp`."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), jax.nn.logsumexp(logits, axis=-1)

@@ -4,6 +4,7 @@
 constexpr int64_t kBlock = 128;      // positions: their keys and values stay in the cache while every query of a tile meets them
 constexpr int kValueVecs = kWidth == 16 ? 4 : 2;  // vectors of the head dimension that are summed at once
 constexpr int kValueRows = 6;                     // queries that are summed at once
+constexpr int kWidenFor = 6;         // queries from which a block of bfloat16 is widened once instead of at every use
 constexpr float kMasked = -1e30f;    // finite, so that no infinities are subtracted
 
 // scores[i] = query . key[i] for kWidth positions from `key` on; positions after `last` repeat it (the caller masks them).
@@ -65,9 +66,22 @@ struct Query {
   Vec total;          // sum of weights, by lane
 };
 
+// What a tile works in. Apart from the queries on purpose: GCC 12 drops stores where both are members of one object, as it derives
+// the address of one from the other's.
+struct Workspace {
+  alignas(64) float vectors[kTileQueries * kMaxHead];
+  alignas(64) float weights[kTileQueries * kBlock];
+  alignas(64) float out[kTileQueries * kMaxHead];
+  alignas(64) float keys[kBlock * kMaxHead];  // a block of bfloat16 that was widened once for many queries
+  alignas(64) float values[kBlock * kMaxHead];
+};
+
 template <typename Cache>
 class QueryTile {
  public:
+  explicit QueryTile(Workspace& w)
+      : vectors_(w.vectors), weights_(w.weights), out_(w.out), keys_(w.keys), values_(w.values) {}
+
   void push(const float* q, float scale, int64_t d, int64_t low, int64_t high) {
     Vec factor = fill(scale * 1.44269504f);
     for (int64_t c = 0; c < d; c += kWidth) {
@@ -86,12 +100,16 @@ class QueryTile {
     }
     for (int64_t block = low / kBlock * kBlock; block <= high; block += kBlock) {
       int64_t end = high + 1 - block < kBlock ? high + 1 - block : kBlock, begin = low > block ? low - block : 0;
-      score(keys + block * d, block, begin, end, d);
-      for (int r = 0; r < count_; ++r) weigh(r, block, d);
-      for (int r = 0; r < count_; r += kValueRows) {
-        int rows = count_ - r < kValueRows ? count_ - r : kValueRows;
-        add_values_of<Cache, kValueRows>(rows, weights_ + r * kBlock, values + block * d, out_ + r * d, begin, end, d);
+      const Cache *block_keys = keys + block * d, *block_values = values + block * d;
+      if constexpr (sizeof(Cache) == 2) {
+        if (count_ >= kWidenFor) {
+          widen(block_keys, keys_, begin * d, end * d);
+          widen(block_values, values_, begin * d, end * d);
+          attend_block(keys_, values_, block, begin, end, d);
+          continue;
+        }
       }
+      attend_block(block_keys, block_values, block, begin, end, d);
     }
   }
 
@@ -101,7 +119,23 @@ class QueryTile {
   }
 
  private:
-  void score(const Cache* keys, int64_t block, int64_t begin, int64_t end, int64_t d) {
+  static void widen(const Cache* from, float* to, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kWidth) store(to + i, load_value(from + i));
+  }
+
+  // The positions [begin, end) of one block of keys and values.
+  template <typename T>
+  void attend_block(const T* keys, const T* values, int64_t block, int64_t begin, int64_t end, int64_t d) {
+    score(keys, block, begin, end, d);
+    for (int r = 0; r < count_; ++r) weigh(r, block, begin, end, d);
+    for (int r = 0; r < count_; r += kValueRows) {
+      int rows = count_ - r < kValueRows ? count_ - r : kValueRows;
+      add_values_of<T, kValueRows>(rows, weights_ + r * kBlock, values, out_ + r * d, begin, end, d);
+    }
+  }
+
+  template <typename T>
+  void score(const T* keys, int64_t block, int64_t begin, int64_t end, int64_t d) {
     for (int64_t g = begin / kWidth * kWidth; g < end; g += kWidth) {
       for (int r = 0; r < count_; ++r) {
         const Query& query = queries_[r];
@@ -117,14 +151,16 @@ class QueryTile {
     }
   }
 
-  // Turns one query's scores of a block into weights, and scales what it has summed so far to the new largest score.
-  void weigh(int r, int64_t block, int64_t d) {
+  // Turns one query's scores of the positions [begin, end) of a block into weights, and scales what it has summed so far to the new
+  // largest score.
+  void weigh(int r, int64_t block, int64_t begin, int64_t end, int64_t d) {
     Query& query = queries_[r];
     float* weights = weights_ + r * kBlock;
-    int64_t begin = (query.low > block ? query.low - block : 0) / kWidth * kWidth;
-    int64_t end = query.high + 1 - block < kBlock ? query.high + 1 - block : kBlock;
-    for (int64_t g = 0; g < begin && g < kBlock; g += kWidth) store(weights + g, zero());
-    for (int64_t g = end < 0 ? 0 : (end + kWidth - 1) / kWidth * kWidth; g < kBlock; g += kWidth) store(weights + g, zero());
+    int64_t low = query.low - block, high = query.high - block;
+    begin = begin / kWidth * kWidth;
+    for (; begin < end && begin + kWidth <= low; begin += kWidth) store(weights + begin, zero());
+    for (int64_t g = high < begin ? begin : high / kWidth * kWidth + kWidth; g < end; g += kWidth) store(weights + g, zero());
+    if (end > high + 1) end = high + 1;
     if (begin >= end) return;
     Vec top = load(weights + begin);
     for (int64_t g = begin + kWidth; g < end; g += kWidth) top = max(top, load(weights + g));
@@ -144,13 +180,12 @@ class QueryTile {
 
   int count_ = 0;
   Query queries_[kTileQueries];
-  alignas(64) float weights_[kTileQueries * kBlock];
-  alignas(64) float vectors_[kTileQueries * kMaxHead];
-  alignas(64) float out_[kTileQueries * kMaxHead];
+  float *const vectors_, *const weights_, *const out_, *const keys_, *const values_;
 };
 
 template <typename Cache>
 void attend(const Attention& a, int64_t begin, int64_t end) {
+  thread_local Workspace workspace;  // too much for the stack of a thread that is not ours
   const int64_t group = a.heads / a.kv, tiles = (a.t + a.tile - 1) / a.tile;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t kv = item % a.kv, first_token = item / a.kv % tiles * a.tile, b = item / a.kv / tiles;
@@ -161,7 +196,7 @@ void attend(const Attention& a, int64_t begin, int64_t end) {
     const int64_t queries = valid > first_token ? (valid - first_token) * group : 0;
     for (int64_t i = 0; i < queries; i += kTileQueries) {
       const int64_t next = i + kTileQueries < queries ? i + kTileQueries : queries;
-      QueryTile<Cache> tile;
+      QueryTile<Cache> tile(workspace);
       for (int64_t j = i; j < next; ++j) {
         const int64_t token = first_token + j / group, position = a.starts[b] + token;
         const int64_t low = a.window && position >= a.window ? position - a.window + 1 : 0;
@@ -180,13 +215,12 @@ template <typename Cache>
 void store_new(const Attention& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t kv = item % a.kv, b = item / a.kv;
+    Cache* keys = static_cast<Cache*>(a.k_cache) + ((a.slots[b] * a.kv + kv) * a.s + a.starts[b]) * a.d;
+    Cache* values = static_cast<Cache*>(a.v_cache) + ((a.slots[b] * a.kv + kv) * a.s + a.starts[b]) * a.d;
     for (int64_t token = 0; token < a.lengths[b]; ++token) {
-      const int64_t from = ((b * a.t + token) * a.kv + kv) * a.d;
-      const int64_t to = ((a.slots[b] * a.kv + kv) * a.s + a.starts[b] + token) * a.d;
-      for (int64_t c = 0; c < a.d; ++c) {
-        store_value(static_cast<Cache*>(a.k_cache) + to + c, a.k_new[from + c]);
-        store_value(static_cast<Cache*>(a.v_cache) + to + c, a.v_new[from + c]);
-      }
+      const int64_t from = ((b * a.t + token) * a.kv + kv) * a.d, to = token * a.d;
+      for (int64_t c = 0; c < a.d; ++c) store_value(keys + to + c, a.k_new[from + c]);
+      for (int64_t c = 0; c < a.d; ++c) store_value(values + to + c, a.v_new[from + c]);
     }
   }
 }

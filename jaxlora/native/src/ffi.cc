@@ -203,6 +203,18 @@ ffi::Error lora(F32 y_in, F32 x, ffi::AnyBuffer bank, S32 row_slot, S32 rank, ff
   return ffi::Error::Success();
 }
 
+ffi::Error summarize(F32 logits, ffi::ResultBuffer<ffi::S32> argmax, ffi::ResultBuffer<ffi::F32> logsumexp) {
+  const auto shape = logits.dimensions();
+  if (shape.size() != 2 || shape[1] == 0 || argmax->element_count() != static_cast<size_t>(shape[0]) ||
+      logsumexp->element_count() != argmax->element_count()) {
+    return bad("summarize takes logits [m, n]");
+  }
+  Pool::instance().split(shape[0], [&](int64_t begin, int64_t end) {
+    active->summarize(logits.typed_data(), argmax->typed_data(), logsumexp->typed_data(), shape[1], begin, end);
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jaxlora
 
@@ -254,5 +266,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_lora, lora,
                                   .Attr<ffi::Span<const int64_t>>("columns")
                                   .Attr<ffi::Span<const int64_t>>("widths")
                                   .Attr<int64_t>("ranks"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_summarize, summarize, Ffi::Bind().Arg<F32>().Ret<ffi::Buffer<ffi::S32>>().Ret<F32>());
 
 }  // namespace jaxlora

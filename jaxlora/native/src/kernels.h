@@ -79,11 +79,13 @@ struct Kernels {
   void (*lora_down_bf16)(const Lora&, int64_t begin, int64_t end);
   void (*lora_up_f32)(const Lora&, int64_t begin, int64_t end);
   void (*lora_up_bf16)(const Lora&, int64_t begin, int64_t end);
+  // Items are rows of logits [m, n].
+  void (*summarize)(const float* logits, int32_t* argmax, float* logsumexp, int64_t n, int64_t begin, int64_t end);
 };
 
 constexpr int64_t kRowBlock = 128;    // rows of x that are kept in the cache while every panel passes over them
 constexpr int64_t kRankBlock = 8;     // ranks of A that one item reads
-constexpr int64_t kColumnBlock = 256;  // columns of B that one item reads
+constexpr int64_t kColumnBlock = 320;  // columns of B that one item reads
 constexpr int64_t kTileQueries = 48;  // queries (tokens times heads of a group) that share a pass over keys and values
 constexpr int64_t kMaxHead = 256;     // largest head dimension
 

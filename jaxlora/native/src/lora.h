@@ -48,44 +48,43 @@ void lora_down(const Lora& l, int64_t begin, int64_t end) {
   }
 }
 
-// y[0 : N vectors] += sum over ranks of hidden[rank] * b[rank, :].
-template <typename T, int N>
-INLINE void add_ranks(const float* hidden, const T* b, float* y, int64_t rank, int64_t n) {
-  Vec acc[N];
-#pragma GCC unroll 16
-  for (int i = 0; i < N; ++i) acc[i] = load(y + i * kWidth);
-  for (int64_t r = 0; r < rank; ++r) {
-    Vec value = fill(hidden[r]);
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) acc[i] = fma(value, load_value(b + r * n + i * kWidth), acc[i]);
+// y[0 : columns] += sum over R ranks of hidden[r] * b[r, 0 : columns]. A block of y stays in the cache while ranks pass over it, and
+// every rank is read as one stream.
+template <typename T, int R>
+INLINE void add_ranks(const float* hidden, const T* b, float* y, int64_t columns, int64_t n) {
+  Vec factor[R];
+  for (int r = 0; r < R; ++r) factor[r] = fill(hidden[r]);
+  int64_t c = 0;
+  for (; c + kWidth <= columns; c += kWidth) {
+    Vec acc = load(y + c);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) acc = fma(factor[r], load_value(b + r * n + c), acc);
+    store(y + c, acc);
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < N; ++i) store(y + i * kWidth, acc[i]);
+  if (c < columns) {
+    Vec acc = load_part(y + c, columns - c);
+    for (int r = 0; r < R; ++r) acc = fma(factor[r], load_part(b + r * n + c, columns - c), acc);
+    alignas(64) float lanes[kWidth];
+    store(lanes, acc);
+    __builtin_memcpy(y + c, lanes, static_cast<size_t>(columns - c) * sizeof(float));
+  }
 }
 
 template <typename T>
 void lora_up(const Lora& l, int64_t begin, int64_t end) {
-  constexpr int kVecs = kWidth == 16 ? 16 : 8;
   for (int64_t i = begin; i < end; ++i) {
     const LoraItem item = l.up[i];
     const LoraGroup group = l.groups[item.group];
     const LoraModule module = l.modules[item.module];
-    const T* b = static_cast<const T*>(l.bank) + group.slot * l.size + module.b;
-    const int64_t last = item.first + kColumnBlock < module.n ? item.first + kColumnBlock : module.n;
+    const T* b = static_cast<const T*>(l.bank) + group.slot * l.size + module.b + item.first;
+    const int64_t columns = item.first + kColumnBlock < module.n ? kColumnBlock : module.n - item.first;
     for (int64_t r = group.begin; r < group.end; ++r) {
       const float* hidden = l.hidden + (item.module * l.m + l.rows[r]) * l.ranks;
-      float* y = l.y + l.rows[r] * l.n + module.column;
-      int64_t c = item.first;
-      for (; c + kVecs * kWidth <= last; c += kVecs * kWidth) add_ranks<T, kVecs>(hidden, b + c, y + c, group.rank, module.n);
-      for (; c + 4 * kWidth <= last; c += 4 * kWidth) add_ranks<T, 4>(hidden, b + c, y + c, group.rank, module.n);
-      for (; c + kWidth <= last; c += kWidth) add_ranks<T, 1>(hidden, b + c, y + c, group.rank, module.n);
-      if (c < last) {
-        Vec acc = load_part(y + c, last - c);
-        for (int64_t q = 0; q < group.rank; ++q) acc = fma(fill(hidden[q]), load_part(b + q * module.n + c, last - c), acc);
-        alignas(64) float lanes[kWidth];
-        store(lanes, acc);
-        __builtin_memcpy(y + c, lanes, static_cast<size_t>(last - c) * sizeof(float));
-      }
+      float* y = l.y + l.rows[r] * l.n + module.column + item.first;
+      int64_t rank = 0;
+      for (; rank + 8 <= group.rank; rank += 8) add_ranks<T, 8>(hidden + rank, b + rank * module.n, y, columns, module.n);
+      for (; rank + 4 <= group.rank; rank += 4) add_ranks<T, 4>(hidden + rank, b + rank * module.n, y, columns, module.n);
+      for (; rank < group.rank; ++rank) add_ranks<T, 1>(hidden + rank, b + rank * module.n, y, columns, module.n);
     }
   }
 }

@@ -40,6 +40,20 @@ INLINE float sum(Vec v) {
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
 }
 INLINE float largest(Vec v) { return _mm512_reduce_max_ps(v); }
+INLINE bool any_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ) != 0; }
+// Lane i of the result is the sum of the lanes of rows[i], each added in the same order.
+INLINE Vec sums(const Vec (&rows)[16]) {
+  Vec pairs[4];  // lane group j of pairs[i]: four partial sums of row 4 j + i
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    Vec a = add(_mm512_shuffle_f32x4(rows[i], rows[i + 4], 0x44), _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0xee));
+    Vec b = add(_mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0x44), _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0xee));
+    pairs[i] = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  Vec a = add(_mm512_shuffle_ps(pairs[0], pairs[1], 0x44), _mm512_shuffle_ps(pairs[0], pairs[1], 0xee));
+  Vec b = add(_mm512_shuffle_ps(pairs[2], pairs[3], 0x44), _mm512_shuffle_ps(pairs[2], pairs[3], 0xee));
+  return add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+}
 
 #else  // AVX2 and FMA
 
@@ -87,6 +101,18 @@ INLINE float largest(Vec v) {
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
+INLINE bool any_equal(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)) != 0; }
+// Lane i of the result is the sum of the lanes of rows[i], each added in the same order.
+INLINE Vec sums(const Vec (&rows)[8]) {
+  Vec pairs[4];  // half j of pairs[i]: four partial sums of row 4 j + i
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    pairs[i] = add(_mm256_permute2f128_ps(rows[i], rows[i + 4], 0x20), _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x31));
+  }
+  Vec a = add(_mm256_shuffle_ps(pairs[0], pairs[1], 0x44), _mm256_shuffle_ps(pairs[0], pairs[1], 0xee));
+  Vec b = add(_mm256_shuffle_ps(pairs[2], pairs[3], 0x44), _mm256_shuffle_ps(pairs[2], pairs[3], 0xee));
+  return add(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+}
 
 #endif
 
@@ -117,11 +143,4 @@ INLINE Vec exp2(Vec x) {
   p = fma(p, f, fill(6.9314718e-1f));
   p = fma(p, f, fill(1.0f));
   return scale_by_power(p, whole);
-}
-
-// Lane i of the result is the sum of the lanes of rows[i], each added in the same order.
-INLINE Vec sums(const Vec (&rows)[kWidth]) {
-  alignas(64) float lanes[kWidth];
-  for (int i = 0; i < kWidth; ++i) lanes[i] = sum(rows[i]);
-  return load(lanes);
 }
