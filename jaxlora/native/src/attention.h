@@ -7,20 +7,26 @@ constexpr int kValueRows = 6;                     // queries that are summed at 
 constexpr int kWidenFor = 6;         // queries from which a block of bfloat16 is widened once instead of at every use
 constexpr float kMasked = -1e30f;    // finite, so that no infinities are subtracted
 
-// scores[i] = query . key[i] for kWidth positions from `key` on; positions after `last` repeat it (the caller masks them).
-template <typename Cache>
+// scores[i] = query . key[i] for kWidth positions from `key` on; `last` is the last of them that may be read. D is the head size,
+// or 0 where it is only known as `d`.
+template <int D, typename Cache>
 INLINE Vec dot_keys(const float* query, const Cache* key, int64_t last, int64_t d) {
+  const int64_t size = D ? D : d;
   Vec acc[kWidth];
-  const Cache* rows[kWidth];
 #pragma GCC unroll 16
-  for (int i = 0; i < kWidth; ++i) {
-    rows[i] = key + (i < last ? i : last) * d;
-    acc[i] = zero();
-  }
-  for (int64_t c = 0; c < d; c += kWidth) {
-    Vec q = load(query + c);
+  for (int i = 0; i < kWidth; ++i) acc[i] = zero();
+  if (last >= kWidth - 1) {
+    for (int64_t c = 0; c < size; c += kWidth) {
+      Vec q = load(query + c);
 #pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) acc[i] = fma(q, load_value(rows[i] + c), acc[i]);
+      for (int i = 0; i < kWidth; ++i) acc[i] = fma(q, load_value(key + i * size + c), acc[i]);
+    }
+  } else {
+    for (int64_t c = 0; c < size; c += kWidth) {
+      Vec q = load(query + c);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) acc[i] = fma(q, load_value(key + (i < last ? i : last) * size + c), acc[i]);
+    }
   }
   return sums(acc);
 }
@@ -92,7 +98,7 @@ class QueryTile {
   }
 
   // Keys and values are one head's [s, d].
-  void attend(const Cache* keys, const Cache* values, int64_t d) {
+  void attend(const Cache* keys, const Cache* values, int64_t s, int64_t d) {
     int64_t low = queries_[0].low, high = queries_[0].high;
     for (int r = 1; r < count_; ++r) {
       low = queries_[r].low < low ? queries_[r].low : low;
@@ -105,11 +111,11 @@ class QueryTile {
         if (count_ >= kWidenFor) {
           widen(block_keys, keys_, begin * d, end * d);
           widen(block_values, values_, begin * d, end * d);
-          attend_block(keys_, values_, block, begin, end, d);
+          attend_block(keys_, values_, block, begin, end, kBlock, d);
           continue;
         }
       }
-      attend_block(block_keys, block_values, block, begin, end, d);
+      attend_block(block_keys, block_values, block, begin, end, s - block, d);
     }
   }
 
@@ -123,26 +129,32 @@ class QueryTile {
     for (int64_t i = begin; i < end; i += kWidth) store(to + i, load_value(from + i));
   }
 
-  // The positions [begin, end) of one block of keys and values.
+  // The positions [begin, end) of one block of keys and values, of which `rows` may be read.
   template <typename T>
-  void attend_block(const T* keys, const T* values, int64_t block, int64_t begin, int64_t end, int64_t d) {
-    score(keys, block, begin, end, d);
+  void attend_block(const T* keys, const T* values, int64_t block, int64_t begin, int64_t end, int64_t rows, int64_t d) {
+    if (d == 64) {
+      score<64>(keys, block, begin, end, rows, d);
+    } else if (d == 128) {
+      score<128>(keys, block, begin, end, rows, d);
+    } else {
+      score<0>(keys, block, begin, end, rows, d);
+    }
     for (int r = 0; r < count_; ++r) weigh(r, block, begin, end, d);
     for (int r = 0; r < count_; r += kValueRows) {
-      int rows = count_ - r < kValueRows ? count_ - r : kValueRows;
-      add_values_of<T, kValueRows>(rows, weights_ + r * kBlock, values, out_ + r * d, begin, end, d);
+      int queries = count_ - r < kValueRows ? count_ - r : kValueRows;
+      add_values_of<T, kValueRows>(queries, weights_ + r * kBlock, values, out_ + r * d, begin, end, d);
     }
   }
 
-  template <typename T>
-  void score(const T* keys, int64_t block, int64_t begin, int64_t end, int64_t d) {
+  template <int D, typename T>
+  void score(const T* keys, int64_t block, int64_t begin, int64_t end, int64_t rows, int64_t d) {
     for (int64_t g = begin / kWidth * kWidth; g < end; g += kWidth) {
       for (int r = 0; r < count_; ++r) {
         const Query& query = queries_[r];
         int64_t low = query.low - block - g, high = query.high - block - g;  // the lanes that it sees
         Vec scores = fill(kMasked);
         if (low < kWidth && high >= 0) {
-          scores = dot_keys(vectors_ + r * d, keys + g * d, high, d);
+          scores = dot_keys<D>(vectors_ + r * d, keys + g * d, rows - 1 - g, d);
           if (high < kWidth - 1) scores = first(static_cast<int>(high) + 1, scores, fill(kMasked));
           if (low > 0) scores = first(static_cast<int>(low), fill(kMasked), scores);
         }
@@ -202,7 +214,7 @@ void attend(const Attention& a, int64_t begin, int64_t end) {
         const int64_t low = a.window && position >= a.window ? position - a.window + 1 : 0;
         tile.push(a.q + at(token, j % group), a.scale, a.d, low, position);
       }
-      tile.attend(static_cast<const Cache*>(a.k_cache) + cache, static_cast<const Cache*>(a.v_cache) + cache, a.d);
+      tile.attend(static_cast<const Cache*>(a.k_cache) + cache, static_cast<const Cache*>(a.v_cache) + cache, a.s, a.d);
       for (int64_t j = i; j < next; ++j) tile.finish(static_cast<int>(j - i), a.out + at(first_token + j / group, j % group), a.d);
     }
     for (int64_t token = valid > first_token ? valid : first_token; token < after; ++token) {
