@@ -65,9 +65,10 @@ class TritonServer:
         self.model_repository = model_repository
         self.models = models
         self.log_path = log_path or _new_log(settings.cache_dir / "logs")
-        self.http_url = f"http://{settings.host}:{settings.http_port}"
-        self.grpc_url = f"{settings.host}:{settings.grpc_port}"
-        self.metrics_url = f"http://{settings.host}:{settings.metrics_port}/metrics"
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        self.http_url = f"http://{host}:{settings.http_port}"
+        self.grpc_url = f"{host}:{settings.grpc_port}"
+        self.metrics_url = f"http://{host}:{settings.metrics_port}/metrics"
         self._environ = environ
         self._on_line = on_line or (lambda line: None)
         self._arguments = arguments

@@ -70,6 +70,19 @@ def write_byte_tokenizer(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+def processes(group: int | None = None, parent: int | None = None) -> dict[int, str]:
+    """Command lines, by process id, of the living processes of a group or of a parent."""
+    found = {}
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            state, its_parent, its_group = process.joinpath("stat").read_text().rpartition(") ")[2].split()[:3]
+            if state != "Z" and group in (None, int(its_group)) and parent in (None, int(its_parent)):
+                found[int(process.name)] = process.joinpath("cmdline").read_text().replace("\0", " ")
+        except OSError:
+            pass  # ended meanwhile
+    return found
+
+
 class Http:
     """The server's HTTP endpoints, with the names and shapes that `curl` users send."""
 

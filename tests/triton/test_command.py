@@ -13,8 +13,7 @@ import pytest
 from server import preflight, repository
 
 from .conftest import SETTINGS
-from .harness import CACHE
-from .test_launch import processes
+from .harness import CACHE, processes
 
 
 @pytest.fixture
@@ -51,12 +50,6 @@ def command(environment):
     process.communicate()
 
 
-def servers_of(launcher: subprocess.Popen) -> list[int]:
-    """Process ids of the Triton servers that a launcher started."""
-    children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=False).stdout
-    return [int(child) for child in children.split()]
-
-
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_the_printed_commands_work_and_a_signal_ends_everything(command, sent):
     process, printed = command
@@ -70,21 +63,21 @@ def test_the_printed_commands_work_and_a_signal_ends_everything(command, sent):
         assert answer.returncode == 0, (line, answer.stderr)
         if line.startswith("curl"):
             assert answer.stdout.count(b"data: ") > 1 and b'"finish_reason":"length"' in answer.stdout
-    (server,) = servers_of(process)
+    (server,) = processes(parent=process.pid)
     process.send_signal(sent)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "stopped\n", "")
-    assert processes(server) == []
+    assert processes(group=server) == {}
 
 
 def test_a_server_that_dies_is_told_and_is_a_failure(command):
     process, _ = command
-    (server,) = servers_of(process)
+    (server,) = processes(parent=process.pid)
     os.kill(server, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.startswith("error: the server ended with signal SIGKILL")
-    assert processes(server) == []
+    assert processes(group=server) == {}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from server import preflight, repository
 from server.launch import ServerDied
 
-from .harness import Http, serving
+from .harness import Http, processes, serving
 
 MODEL = """
 import pathlib, time
@@ -37,19 +37,6 @@ def write_model(folder: pathlib.Path, name: str, initialize: str = "pass") -> No
     (model / "1" / "model.py").write_text(MODEL.format(initialize=initialize))
 
 
-def processes(group: int) -> list[str]:
-    """Command lines of the living processes of a group."""
-    found = []
-    for process in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, own_group = process.joinpath("stat").read_text().rpartition(") ")[2].split()[:3]
-            if int(own_group) == group and state != "Z":
-                found.append(process.joinpath("cmdline").read_text().replace("\0", " "))
-        except OSError:
-            pass  # ended meanwhile
-    return found
-
-
 def eventually(condition, timeout_s: float = 30) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -64,10 +51,10 @@ def test_a_stopped_server_leaves_no_process_and_no_shared_memory(tmp_path):
     before = set(os.listdir("/dev/shm"))
     with serving(tmp_path, models=("one",)) as server:
         group = server.pid
-        assert any("triton_python_backend_stub" in process for process in processes(group))
+        assert any("triton_python_backend_stub" in process for process in processes(group=group).values())
         assert len(preflight.port_problems(server.settings)) == 3
         assert set(os.listdir("/dev/shm")) - before
-    assert processes(group) == []
+    assert processes(group=group) == {}
     assert set(os.listdir("/dev/shm")) <= before
     assert preflight.port_problems(server.settings) == []
     server.stop()  # a second time is nothing
@@ -78,7 +65,7 @@ def test_a_killed_server_leaves_no_process_and_no_shared_memory(tmp_path):
     before = set(os.listdir("/dev/shm"))
     with serving(tmp_path, models=("one",)) as server:
         server.kill()
-        assert processes(server.pid) == []
+        assert processes(group=server.pid) == {}
         assert set(os.listdir("/dev/shm")) <= before
 
 
@@ -89,7 +76,7 @@ def test_a_server_that_dies_is_told_and_its_models_end_too(tmp_path):
         with pytest.raises(ServerDied, match="ended with signal SIGKILL(.|\n)*its whole log is"):
             server.wait()
         group = server.pid
-    assert processes(group) == []
+    assert processes(group=group) == {}
 
 
 def test_a_model_that_cannot_be_loaded_is_told_with_its_reason(tmp_path):
@@ -138,6 +125,6 @@ def test_the_server_ends_when_its_launcher_is_killed(tmp_path):
     )
     with launcher:
         group = int(launcher.stdout.readline())
-        assert processes(group)
+        assert processes(group=group)
         launcher.kill()
-    assert eventually(lambda: not processes(group)), processes(group)
+    assert eventually(lambda: not processes(group=group)), processes(group=group)
