@@ -18,7 +18,9 @@ from server.launch import ServerDied, TritonServer
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGINT too: a shell starts background jobs with it ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     started = time.monotonic()
     try:
         settings = Settings.read(parameters=repository.parameters(repository.REPOSITORY))
