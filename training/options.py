@@ -18,7 +18,8 @@ STORE = pathlib.Path("model_repository/adapters")
 
 
 def option(default: Any, help: str, *, free: bool = False, low: float | None = None, high: float | None = None, flag: str = "") -> Any:
-    """A field with its help text. `free` options may change when a run is resumed: they don't change what it computes. A number is at least
+    """A field with its help text. `free` options may change when a run is resumed: what it computes doesn't depend on them (of the data files
+    it is the content that counts). A number is at least
     `low`, at most `high`. `flag` is the value that the option has where it is given without one."""
     make = {"default_factory": lambda: default.copy()} if isinstance(default, dict) else {"default": default}
     return dataclasses.field(**make, metadata={"help": help, "free": free, "low": low, "high": high, "flag": flag})
@@ -28,9 +29,9 @@ def option(default: Any, help: str, *, free: bool = False, low: float | None = N
 class Options:
     """What every method has."""
 
-    data: pathlib.Path = option(None, "JSONL file to train on")
-    name: str = option(None, "adapter to train, user/adapter: the result becomes its next version")
-    eval_data: pathlib.Path | None = option(None, "JSONL file of held-out lines")
+    data: pathlib.Path = option(None, "JSONL file to train on", free=True)
+    name: str = option(None, "adapter to train, user/adapter: the result becomes its next version", free=True)
+    eval_data: pathlib.Path | None = option(None, "JSONL file of held-out lines", free=True)
     eval_share: float = option(0.0, "share of the lines of --data to hold out, where there is no --eval-data", low=0, high=0.9)
     skip_bad_lines: bool = option(False, "leave out lines that can't be used, instead of stopping")
     max_length: int = option(512, "longest example, in tokens; longer ones are left out", low=2)
@@ -135,7 +136,7 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -
     if kind is bool:
         more |= {"action": "store_true"}
     elif typing.get_origin(kind) is tuple:
-        more |= {"action": "extend", "nargs": "+", "default": list(default)}
+        more |= {"action": "extend", "nargs": "+", "type": typing.get_args(kind)[0], "default": list(default)}
     elif kind is dict:
         more |= {"type": _json_object, "metavar": "JSON"}
     else:

@@ -1,0 +1,111 @@
+"""Preference training: `python -m training.dpo --data pairs.jsonl --name alice/sql --loss sigmoid`.
+
+Learns from pairs of a better and a worse answer (DPO, IPO, hinge, ORPO), or from single judged answers (KTO). Data: see `training.pairs`.
+The reference is the adapter that the run starts from, `--init`, or the base model for a new one.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.lora import Adapter
+from training import pairs
+from training.batches import Batches
+from training.losses import preference
+from training.losses.preference import PreferenceLoss, UnpairedLoss
+from training.method import Example, Method, Window
+from training.options import Options, option
+from training.script import run_script
+from training.step import make_evaluation
+from training.task import Task
+
+KINDS = (*preference.PAIRWISE, "kto")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DpoOptions(Options):
+    """What preference training adds."""
+
+    loss: str = option("sigmoid", f"one of {', '.join(KINDS)}")
+    beta: float = option(0.1, "how much a distance from the reference costs (IPO's tau, ORPO's lambda)", low=1e-6)
+    label_smoothing: float = option(0.0, "share of labels that are taken to be wrong (sigmoid, robust)", low=0, high=0.499)
+    reference: str = option("start", "what answers are compared with: `start`, the adapter of --init, or `base`")
+    desirable_weight: float = option(1.0, "KTO: weight of good answers", low=0)
+    undesirable_weight: float = option(1.0, "KTO: weight of bad answers", low=0)
+    epochs: float = option(1.0, "times that the data is gone through", low=0)
+    lr: float = option(5e-5, "largest learning rate", low=0)
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.loss not in KINDS:
+            found.append(f"--loss: {self.loss!r} is none of {', '.join(KINDS)}")
+        if self.label_smoothing and self.loss not in preference.SMOOTHED:
+            found.append(f"--label-smoothing: {self.loss} has none; {' and '.join(preference.SMOOTHED)} do")
+        if self.reference not in ("start", "base"):
+            found.append(f"--reference: {self.reference!r} is neither start nor base")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class KtoSource:
+    """Batches with KTO's z0 of the whole window in the place of the answers to other prompts that it is estimated on."""
+
+    batches: Batches
+    divergence: Callable[[Adapter, Window], float]
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.batches.steps_per_epoch
+
+    def window(self, step: int, adapter: Adapter) -> Window:
+        window = self.batches.window(step)
+        return preference.with_kl(window, self.divergence(adapter, window))
+
+    def lines(self, step: int) -> Sequence[int]:
+        return self.batches.lines(step)
+
+    def start_metrics(self, step: int) -> Mapping[str, float]:
+        return self.batches.start_metrics(step)
+
+
+def build(task: Task) -> Method:
+    """The method for a task. Raises SetupError for data that can't be used."""
+    options = task.options
+    facts = {"loss": options.loss}
+    if options.loss == "kto":
+        learned, held_out = (_labelled(task, found) for found in task.examples(functools.partial(pairs.labelled, task.encoder)))
+        loss = UnpairedLoss(options.beta, options.desirable_weight, options.undesirable_weight)
+        source = KtoSource(task.batches(learned), _divergence(task))
+    else:
+        learned, held_out = task.examples(functools.partial(pairs.pair, task.encoder))
+        loss = PreferenceLoss(options.loss, options.beta, options.label_smoothing)
+        source = task.batches(learned)
+    return Method("dpo", loss, source, task.held_out(held_out), options.reference, facts)
+
+
+def _labelled(task: Task, found: Sequence[Sequence[Example]]) -> list[Example]:
+    return pairs.with_others([example for examples in found for example in examples], task.options.max_length)
+
+
+def _divergence(task: Task) -> Callable[[Adapter, Window], float]:
+    evaluate = make_evaluation(task.base.config, preference.other_divergence)
+    reference = task.start if task.options.reference == "start" else None
+
+    def divergence(adapter: Adapter, window: Window) -> float:
+        # On one device: an adapter that is spread over several can't be mixed with what lies on one.
+        terms = evaluate(jax.device_get(adapter), task.weights, reference, window)
+        return float(terms.total / jnp.maximum(terms.count, 1))
+
+    return divergence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script("dpo", DpoOptions, __doc__.splitlines()[0], build, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
