@@ -15,13 +15,16 @@ torch = pytest.importorskip("torch", reason="torch is not installed: `make test-
 from peft import LoraConfig, get_peft_model  # noqa: E402
 
 from jaxlora import lora, model, peft, weights  # noqa: E402
+from jaxlora.backend import Backend  # noqa: E402
 from jaxlora.config import ModelConfig  # noqa: E402
+from jaxlora.engine import Sizes  # noqa: E402
 from jaxlora.text import Tokenizer  # noqa: E402
 
 from . import checkpoints, record  # noqa: E402
-from .checkpoints import ARCHITECTURES, VARIANTS  # noqa: E402
+from .checkpoints import ARCHITECTURES, NEW_TOKENS, VARIANTS  # noqa: E402
 from .ours import Ours  # noqa: E402
 from .recording import TOLERANCE, Record, bfloat16_ratios, condense, difference  # noqa: E402
+from .serving import answers  # noqa: E402
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -69,11 +72,28 @@ class DefaultModel:
                 torch.nn.init.normal_(parameter, std=0.02)
         fresh.save_pretrained(adapter_folder)
         self.reference = record.with_adapters(record.load_base(folder, torch.float32), {"saved": adapter_folder})
-        self.config = ModelConfig.from_folder(folder)
+        self.reference.generation_config.eos_token_id = None  # every answer has all its tokens
+        self.folder, self.config = folder, ModelConfig.from_folder(folder)
         self.weights = weights.load(folder, self.config, "float32")
         self.adapter = peft.read(adapter_folder, self.config, peft.Limits(max_rank=16, max_file_bytes=1 << 30))
         tokenizer = Tokenizer.from_folder(folder)
         self.prompts = [tokenizer.apply_chat_template(chat) for chat in CHATS]
+
+    def answers(self, backend: Backend) -> list[list[int]]:
+        """32 tokens for each prompt by the base model, then for each by the adapter, out of mixed batches."""
+        longest = max(map(len, self.prompts)) + NEW_TOKENS
+        sizes = Sizes(slots=4, max_seq_len=longest, prefill_chunk=32, lora_slots=2, max_lora_rank=16)
+        loaded = weights.load(self.folder, self.config, "float32", packing=backend.packing)
+        asked = [(name, prompt) for name in (None, "saved") for prompt in self.prompts]
+        found = answers(self.config, loaded, backend, sizes, {"saved": self.adapter}, asked, NEW_TOKENS)
+        return [[token.id for token in tokens] for tokens in found]
+
+    def reference_answers(self) -> list[list[int]]:
+        found = []
+        for variant in (checkpoints.BASE, "saved"):
+            with record.Variant(self.reference, variant), torch.no_grad():
+                found += [record.continuation(self.reference, prompt, f"default model, {variant}")[0] for prompt in self.prompts]
+        return found
 
     def reference_logits(self, variant: str) -> list[np.ndarray]:
         with record.Variant(self.reference, variant), torch.no_grad():
@@ -102,3 +122,9 @@ def test_logits_of_the_default_model_with_an_adapter_that_peft_saved(smollm2: De
         assert difference(ours, reference) < TOLERANCE
     for base, reference in zip(smollm2.reference_logits(checkpoints.BASE), references, strict=True):
         assert difference(base, reference) > 1.0
+
+
+def test_greedy_tokens_of_the_default_model_with_and_without_an_adapter(smollm2: DefaultModel, serving_backend: Backend) -> None:
+    references = smollm2.reference_answers()
+    assert references[: len(CHATS)] != references[len(CHATS) :]
+    assert smollm2.answers(serving_backend) == references
