@@ -22,7 +22,7 @@ def choose_buckets(lengths: Sequence[int], count: int) -> tuple[int, ...]:
     best: list[dict[int, tuple[int, int]]] = [{0: (0, 0)}]
     for _ in range(min(count, len(sizes))):
         row = {}
-        for end in range(1, len(sizes) + 1):
+        for end in range(len(best), len(sizes) + 1):
             row[end] = min(
                 (cost + sizes[end - 1] * sum(tally[size] for size in sizes[start:end]), start)
                 for start, (cost, _) in best[-1].items()
@@ -108,7 +108,7 @@ class Batches:
         return sorted(line for example in self._of_step(step)[1] for line in example.lines)
 
     def start_metrics(self, step: int) -> Mapping[str, float]:
-        return {}
+        return {"tokens": sum(example.tokens for example in self._of_step(step)[1])}
 
     def windows(self) -> Iterator[Window]:
         for length, examples in self._plan(0):

@@ -29,6 +29,11 @@ class Example:
         """The longest of its sequences, in tokens."""
         return max(len(array) for array in self.arrays.values() if array.ndim == 1)
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens the model computes for it, at least."""
+        return sum(len(array) for name, array in self.arrays.items() if array.ndim == 1 and not name.endswith(("mask", "segments")))
+
 
 class Source(Protocol):
     """The data of a run, as a function of the step: the position in the data is one number."""
@@ -44,7 +49,8 @@ class Source(Protocol):
         """The lines of the data file that the step takes, for messages."""
 
     def start_metrics(self, step: int) -> Mapping[str, float]:
-        """What is known about the step's data and belongs into the metrics log, for example rewards."""
+        """What is known about the step's data and belongs into the metrics log, for example rewards. `tokens`, if it is
+        there, is how many tokens the step computes: it becomes the tokens/s of the log."""
 
 
 class HeldOut(Protocol):

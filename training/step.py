@@ -116,7 +116,7 @@ def make_evaluation(
 def _update(
     optimizer: optax.GradientTransformation, options: StepOptions, state: State, slopes: Adapter, terms: Terms
 ) -> tuple[State, Report]:
-    loss, norm = terms.total / _divisor(terms.count), optax.global_norm(slopes)
+    loss, norm = terms.total / _divisor(terms.count), optax.tree.norm(slopes)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     if options.max_norm:
         slopes = jax.tree.map(lambda slope: slope * jnp.minimum(1.0, options.max_norm / jnp.maximum(norm, 1e-30)), slopes)

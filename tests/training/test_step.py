@@ -1,0 +1,235 @@
+"""Properties of one optimizer step, on a tiny model."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlora import lora, model, peft, weights
+from jaxlora.config import ModelConfig
+from jaxlora.lora import Adapter
+from jaxlora.weights import Weights
+from training import policy
+from training.batches import Batches, pack
+from training.lora_init import new_adapter
+from training.losses.sft import sft
+from training.method import Example
+from training.policy import Noise, Policy
+from training.step import GROW_AFTER, State, StepOptions, make_evaluation, make_step, new_state
+
+KEY = jax.random.key(0)
+LORA = peft.new_config(r=4, lora_alpha=8, target_modules="all-linear", rank_pattern={"down_proj": 2})
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: pathlib.Path) -> ModelConfig:
+    return ModelConfig.from_folder(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: pathlib.Path, config: ModelConfig) -> Weights:
+    return weights.load(tiny_model, config)
+
+
+@pytest.fixture(scope="module")
+def adapter(config: ModelConfig) -> Adapter:
+    """With B that is not zero, so that A has a gradient."""
+    made = new_adapter(config, LORA, 0)
+    return made.replace(b={path: 0.1 * jax.random.normal(jax.random.key(at), b.shape) for at, (path, b) in enumerate(made.b.items())})
+
+
+def examples(count: int = 8) -> list[Example]:
+    random = np.random.Generator(np.random.PCG64(3))
+    found = []
+    for line in range(count):
+        length = int(random.integers(5, 30))
+        mask = (np.arange(length) >= length // 3).astype(np.uint8)
+        found.append(Example((line,), {"tokens": random.integers(1, 250, length).astype(np.int32), "mask": mask}))
+    return found
+
+
+def window(rows: list[Example], micro_batches: int, size: int, length: int = 32) -> dict[str, np.ndarray]:
+    source = Batches(rows, micro_batches=micro_batches, micro_batch_size=size, buckets=(length,), seed=None)
+    return dict(source.window(0))
+
+
+ADAMW = optax.adamw(1e-2)
+compiled = functools.cache(make_step)
+
+
+def stepped(config: ModelConfig, base: Weights, adapter: Adapter, data: dict[str, np.ndarray], options: StepOptions = StepOptions()) -> tuple:
+    state = new_state(jax.tree.map(jnp.copy, adapter), ADAMW)
+    return compiled(config, sft, ADAMW, options)(state, base, None, data, KEY)
+
+
+def distance(one: Adapter, other: Adapter) -> float:
+    return max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+def test_the_step_does_not_depend_on_how_the_batch_is_cut(config: ModelConfig, base: Weights, adapter: Adapter) -> None:
+    whole, report = stepped(config, base, adapter, window(examples(), 1, 8))
+    for cut in ((2, 4), (8, 1)):
+        state, other = stepped(config, base, adapter, window(examples(), *cut))
+        np.testing.assert_allclose(other.loss, report.loss, rtol=1e-6)
+        np.testing.assert_allclose(other.grad_norm, report.grad_norm, rtol=1e-5)
+        # Adam divides by the size of a gradient, so that one near 0 may come out with either sign.
+        assert distance(state.adapter, whole.adapter) < 1e-2 * 0.2
+    assert distance(whole.adapter, adapter) > 1e-3
+
+
+def test_filling_and_padding_change_nothing(config: ModelConfig, base: Weights, adapter: Adapter) -> None:
+    _, report = stepped(config, base, adapter, window(examples(), 1, 8))
+    for data in (window(examples(), 1, 8, length=64), window(examples(), 3, 4)):
+        _, other = stepped(config, base, adapter, data)
+        np.testing.assert_allclose(other.loss, report.loss, rtol=1e-6)
+        np.testing.assert_allclose(other.grad_norm, report.grad_norm, rtol=1e-5)
+        assert other.count == report.count
+
+
+def test_packed_examples_give_the_loss_that_they_give_apart(config: ModelConfig, base: Weights, adapter: Adapter) -> None:
+    _, report = stepped(config, base, adapter, window(examples(), 1, 8))
+    rows = pack(examples(), 64)
+    assert len(rows) < 8
+    _, packed = stepped(config, base, adapter, window(rows, 1, len(rows), length=64))
+    np.testing.assert_allclose(packed.loss, report.loss, rtol=1e-6)
+    np.testing.assert_allclose(packed.grad_norm, report.grad_norm, rtol=1e-5)
+
+
+def test_a_batch_without_anything_to_learn_changes_nothing(config: ModelConfig, base: Weights, adapter: Adapter) -> None:
+    data = window(examples(), 2, 4)
+    data["mask"] = np.zeros_like(data["mask"])
+    state, report = stepped(config, base, adapter, data)
+    assert report.count == 0 and report.loss == 0 and report.finite
+    assert distance(state.adapter, adapter) == 0
+    assert state.optimizer[0].count == 0
+    assert state.step == 1
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_loss_scale(config: ModelConfig, base: Weights, adapter: Adapter) -> None:
+    def broken(policy: object, reference: object, batch: dict) -> object:
+        terms = sft(policy, reference, batch)
+        return terms._replace(total=terms.total * jnp.inf)
+
+    optimizer = optax.adamw(1e-2)
+    state = new_state(jax.tree.map(jnp.copy, adapter), optimizer, scale=2.0**12)
+    step = make_step(config, broken, optimizer, StepOptions(loss_scaling=True))
+    for scale in (2.0**11, 2.0**10):
+        state, report = step(state, base, None, window(examples(), 2, 4), KEY)
+        assert not report.finite and state.scale == scale
+    assert distance(state.adapter, adapter) == 0
+    assert state.optimizer[0].count == 0
+
+
+def test_the_loss_scale_does_not_show_in_the_result_and_grows_within_its_bound(config: ModelConfig, base: Weights, adapter: Adapter) -> None:
+    plain, report = stepped(config, base, adapter, window(examples(), 2, 4))
+    start = new_state(jax.tree.map(jnp.copy, adapter), ADAMW, scale=2.0**24)
+    start = start.replace(good_steps=jnp.int32(GROW_AFTER - 1))
+    step = compiled(config, sft, ADAMW, StepOptions(loss_scaling=True))
+    state, scaled = step(start, base, None, window(examples(), 2, 4), KEY)
+    np.testing.assert_allclose(scaled.grad_norm, report.grad_norm, rtol=1e-6)
+    assert distance(state.adapter, plain.adapter) < 1e-6
+    assert state.scale == 2.0**24 and state.good_steps == 0
+    state, _ = step(state.replace(scale=jnp.float32(2.0**8), good_steps=jnp.int32(GROW_AFTER - 1)), base, None, window(examples(), 2, 4), KEY)
+    assert state.scale == 2.0**9
+
+
+def test_a_step_compiles_once_for_each_bucket(config: ModelConfig, base: Weights, adapter: Adapter) -> None:
+    optimizer = optax.adamw(optax.linear_schedule(1e-2, 0.0, 10))
+    state = new_state(jax.tree.map(jnp.copy, adapter), optimizer)
+    step = make_step(config, sft, optimizer, StepOptions())
+    source = Batches(examples(40), micro_batches=2, micro_batch_size=2, buckets=(16, 32), seed=1)
+    shapes = set()
+    for number in range(25):
+        data = source.window(number)
+        shapes.add(data["tokens"].shape)
+        state, _ = step(state, base, None, data, KEY)
+    assert shapes == {(2, 2, 16), (2, 2, 32)}
+    assert step._cache_size() == 2
+
+
+def test_gradients_are_clipped_by_their_global_norm(config: ModelConfig, base: Weights, adapter: Adapter) -> None:
+    optimizer, data = optax.sgd(1.0), window(examples(), 2, 4)
+
+    def moved(max_norm: float) -> tuple[float, float]:
+        step = make_step(config, sft, optimizer, StepOptions(max_norm=max_norm))
+        state, report = step(new_state(jax.tree.map(jnp.copy, adapter), optimizer), base, None, data, KEY)
+        return float(optax.tree.norm(jax.tree.map(jnp.subtract, state.adapter, adapter))), float(report.grad_norm)
+
+    free, norm = moved(0)
+    np.testing.assert_allclose(free, norm, rtol=1e-4)
+    clipped, still = moved(norm / 3)
+    np.testing.assert_allclose((clipped, still), (norm / 3, norm), rtol=1e-4)
+
+
+def test_lora_plus_moves_b_by_its_ratio(config: ModelConfig, base: Weights, adapter: Adapter) -> None:
+    data = window(examples(), 2, 4)
+    plain, _ = stepped(config, base, adapter, data)
+    plus, _ = stepped(config, base, adapter, data, StepOptions(b_rate=4.0))
+    for path in adapter.a:
+        np.testing.assert_allclose(plus.adapter.a[path], plain.adapter.a[path], atol=1e-7)
+        np.testing.assert_allclose(plus.adapter.b[path] - adapter.b[path], 4 * (plain.adapter.b[path] - adapter.b[path]), atol=1e-6)
+
+
+def test_rematerialisation_changes_no_gradient(config: ModelConfig, base: Weights, adapter: Adapter) -> None:
+    options = StepOptions(noise=Noise(dropout=0.3))
+    plain, report = stepped(config, base, adapter, window(examples(), 2, 4), options)
+    again, other = stepped(config, base, adapter, window(examples(), 2, 4), StepOptions(noise=Noise(dropout=0.3), remat=True))
+    np.testing.assert_allclose(other.grad_norm, report.grad_norm, rtol=1e-5)
+    assert distance(plain.adapter, again.adapter) < 2e-3
+
+
+def test_noise_is_a_function_of_the_step_and_gone_in_evaluation(config: ModelConfig, base: Weights, adapter: Adapter) -> None:
+    data = window(examples(), 2, 4)
+    losses = {}
+    for noise in (Noise(), Noise(dropout=0.5), Noise(embeddings=5.0)):
+        step = make_step(config, sft, optax.sgd(0.0), StepOptions(noise=noise))
+
+        def loss(number: int) -> float:
+            state = new_state(jax.tree.map(jnp.copy, adapter), optax.sgd(0.0)).replace(step=jnp.int32(number))
+            return float(step(state, base, None, data, KEY)[1].loss)
+
+        losses[noise] = (loss(0), loss(0), loss(1))
+    assert len(set(losses[Noise()])) == 1
+    for noise, (first, again, next_step) in losses.items():
+        if noise != Noise():
+            assert first == again != next_step and first != losses[Noise()][0]
+    terms = make_evaluation(config, sft)(adapter, base, None, data)
+    np.testing.assert_allclose(terms.total / terms.count, losses[Noise()][0], rtol=1e-6)
+
+
+def test_log_probs_are_those_of_the_logits(config: ModelConfig, base: Weights, adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "BLOCK", 16)
+    data = {name: jnp.asarray(array[0]) for name, array in window(examples(), 1, 8).items()}
+    tokens, wanted = data["tokens"], data["mask"]
+    weight = jax.random.normal(KEY, tokens.shape)
+
+    def ours(adapter: Adapter) -> jax.Array:
+        return jnp.sum(weight * Policy(config, base, adapter)(tokens, temperature=0.7, wanted=wanted))
+
+    def plain(adapter: Adapter) -> jax.Array:
+        found = jax.nn.log_softmax(model.logits(config, base, tokens, adapter)[:, :-1] / 0.7)
+        picked = jnp.take_along_axis(found, tokens[:, 1:, None], axis=2)[..., 0]
+        return jnp.sum(weight[:, 1:] * wanted[:, 1:] * picked)
+
+    (one, slope), (other, reference) = (jax.value_and_grad(loss)(adapter) for loss in (ours, plain))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    assert distance(slope, reference) < 1e-4 * float(optax.tree.norm(reference))
+
+
+def test_an_adapted_output_layer_gets_its_gradient(config: ModelConfig, base: Weights) -> None:
+    made = new_adapter(config, peft.new_config(r=2, lora_alpha=4, target_modules=["lm_head", "q_proj"]), 0)
+    state, report = stepped(config, base, made, window(examples(), 2, 4))
+    assert float(jnp.abs(state.adapter.b["lm_head"]).max()) > 1e-3
+
+
+def test_a_new_adapter_is_the_base_model_and_one_seed_gives_one_adapter(config: ModelConfig, base: Weights) -> None:
+    made, tokens = new_adapter(config, LORA, 7), jnp.arange(20)[None]
+    np.testing.assert_array_equal(model.logits(config, base, tokens, made), model.logits(config, base, tokens))
+    assert distance(made, new_adapter(config, LORA, 7)) == 0
+    assert distance(made, new_adapter(config, LORA, 8)) > 0
+    assert made.a["model.layers.0.mlp.down_proj"].shape == (2, 48) and dict(made.scales)["model.layers.0.mlp.down_proj"] == 4
+    assert isinstance(made, lora.Adapter) and isinstance(new_state(made, optax.adamw(1.0)), State)
