@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -66,19 +66,25 @@ def pair_window(step: int, micro_batches: int = 2) -> dict[str, np.ndarray]:
     return {name: array.reshape(micro_batches, -1, *array.shape[1:]) for name, array in arrays.items()}
 
 
-def train(model: Model, loss: Loss, windows: Sequence[dict[str, np.ndarray]], prepare: Any = None) -> dict[str, np.ndarray]:
-    """Loss and gradient norm of each step with the settings of the runs, reference being the adapter at the start.
+def trainer(
+    model: Model, loss: Loss, prepare: Callable[[dict[str, np.ndarray], Adapter], dict[str, np.ndarray]] | None = None
+) -> Callable[[Sequence[dict[str, np.ndarray]]], dict[str, np.ndarray]]:
+    """`train(windows)`: loss and gradient norm of each step with the settings of the runs; the reference is the adapter at the start.
 
     Arguments:
-        prepare: makes of (window, adapter) the window that the step takes.
+        prepare: makes of (window, adapter before the step) the window that the step takes.
     """
     rates = jnp.array([runs.learning_rate(step) for step in range(runs.STEPS)])
     optimizer = optax.adamw(lambda step: rates[step], weight_decay=0.0)
     step = make_step(model.config, loss, optimizer, StepOptions(max_norm=runs.MAX_GRAD_NORM))
-    state = new_state(jax.tree.map(jnp.copy, model.adapter), optimizer)
-    reports = []
-    for window in windows:
-        window = prepare(window, state.adapter) if prepare else window
-        state, report = step(state, model.weights, model.adapter, window, jax.random.key(0))
-        reports.append(report)
-    return {name: np.array([getattr(report, name) for report in reports], np.float64) for name in ("loss", "grad_norm")}
+
+    def train(windows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        state = new_state(jax.tree.map(jnp.copy, model.adapter), optimizer)
+        reports = []
+        for window in windows:
+            window = prepare(window, state.adapter) if prepare else window
+            state, report = step(state, model.weights, model.adapter, window, jax.random.key(0))
+            reports.append(report)
+        return {name: np.array([getattr(report, name) for report in reports], np.float64) for name in ("loss", "grad_norm")}
+
+    return train

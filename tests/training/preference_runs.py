@@ -41,6 +41,9 @@ RUNS = {
 }
 KTO_BETA, KTO_DESIRABLE, KTO_UNDESIRABLE = 0.1, 1.0, 1.5
 
+# Mean log-probabilities of a token in the chosen and the rejected answer: unlikely, likely, and nearly certain ones.
+MEAN_LOGPS = [(-2.0, -3.0), (-0.1, -0.2), (-1e-4, -5.0), (-4.0, -0.01), (-0.69, -0.7), (-30.0, -2.0)]
+
 
 def pairs() -> list[dict[str, list[int]]]:
     """`prompt_ids`, `chosen_ids` and `rejected_ids` of every pair, in the order of training."""
@@ -76,7 +79,7 @@ def learning_rate(step: int) -> float:
 
 def fingerprint() -> str:
     """Tells other data from other results."""
-    settings = [LEARNING_RATE, WARMUP_STEPS, MAX_GRAD_NORM, BATCH, KTO_BETA, KTO_DESIRABLE, KTO_UNDESIRABLE]
+    settings = [MEAN_LOGPS, LEARNING_RATE, WARMUP_STEPS, MAX_GRAD_NORM, BATCH, KTO_BETA, KTO_DESIRABLE, KTO_UNDESIRABLE]
     runs = {name: dataclasses.asdict(run) for name, run in RUNS.items()}
     return hashlib.sha256(json.dumps([pairs(), labelled(), settings, runs], sort_keys=True).encode()).hexdigest()
 

@@ -6,6 +6,7 @@ Runs with torch; the tests compare with the file that this leaves in `tests/refe
 import json
 import pathlib
 import tempfile
+import types
 from typing import Any
 
 import tokenizers
@@ -15,6 +16,7 @@ import trl
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import SequentialSampler
+from trl.experimental.orpo import ORPOTrainer
 
 from tests.parity import checkpoints
 from tests.parity.record import load_base, settle
@@ -57,6 +59,17 @@ def kto(folder: pathlib.Path) -> dict[str, list[float]]:
         undesirable_weight=runs.KTO_UNDESIRABLE,
     )
     return _train(_Kto, config, runs.labelled(), folder)
+
+
+def odds() -> dict[str, list[float]]:
+    """ORPO's comparison of odds on a few pairs, and its gradients. TRL's likelihood term differs from the paper's, and so do whole runs."""
+    means = torch.tensor(runs.MEAN_LOGPS, dtype=torch.float64)
+    chosen, rejected = means[:, 0].float().requires_grad_(), means[:, 1].float().requires_grad_()
+    trainer = types.SimpleNamespace(beta=1.0, accelerator=types.SimpleNamespace(device="cpu"))
+    loss = -ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0]
+    loss.sum().backward()
+    found = {"chosen": chosen, "rejected": rejected, "loss": loss, "chosen_gradient": chosen.grad, "rejected_gradient": rejected.grad}
+    return {name: tensor.tolist() for name, tensor in found.items()}
 
 
 def _arguments(folder: pathlib.Path, micro_batch: int) -> dict[str, Any]:
@@ -109,7 +122,7 @@ def record() -> dict[str, Any]:
         results = {name: dpo(run, folder) for name, run in runs.RUNS.items()} | {"kto": kto(folder)}
         prints = {path.name: checkpoints.fingerprint(path) for path in (base, adapter)}
     versions = {"trl": trl.__version__, "torch": torch.__version__.partition("+")[0]}
-    return {"versions": versions, "fingerprints": prints, "data": runs.fingerprint(), "runs": results}
+    return {"versions": versions, "fingerprints": prints, "data": runs.fingerprint(), "runs": results, "odds": odds()}
 
 
 def main() -> None:
