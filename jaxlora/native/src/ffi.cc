@@ -194,12 +194,10 @@ ffi::Error lora(F32 y_in, F32 x, ffi::AnyBuffer bank, S32 row_slot, S32 rank, ff
   }
   float* hidden = static_cast<float*>(scratch.reserve(modules.size() * static_cast<size_t>(m * ranks) * sizeof(float)));
   const Lora l{x.typed_data(), bank.untyped_data(), hidden, y->typed_data(), rows.data(), groups.data(), modules.data(),
-               down.data(), up.data(), bs[1], m, k, n, ranks};
+               down.data(), up.data(), static_cast<int64_t>(down.size()), static_cast<int64_t>(up.size()), bs[1], m, k, n, ranks};
   Pool& pool = Pool::instance();
-  pool.split(static_cast<int64_t>(down.size()),
-             [&](int64_t begin, int64_t end) { (bf16 ? active->lora_down_bf16 : active->lora_down_f32)(l, begin, end); });
-  pool.split(static_cast<int64_t>(up.size()),
-             [&](int64_t begin, int64_t end) { (bf16 ? active->lora_up_bf16 : active->lora_up_f32)(l, begin, end); });
+  pool.split(l.down_count, [&](int64_t begin, int64_t end) { (bf16 ? active->lora_down_bf16 : active->lora_down_f32)(l, begin, end); });
+  pool.split(l.up_count, [&](int64_t begin, int64_t end) { (bf16 ? active->lora_up_bf16 : active->lora_up_f32)(l, begin, end); });
   return ffi::Error::Success();
 }
 

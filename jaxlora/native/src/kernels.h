@@ -59,7 +59,7 @@ struct Lora {
   const LoraGroup* groups;
   const LoraModule* modules;
   const LoraItem *down, *up;
-  int64_t size, m, k, n, ranks;
+  int64_t down_count, up_count, size, m, k, n, ranks;
 };
 
 struct Kernels {

@@ -1,5 +1,15 @@
 // Low-rank updates, one adapter at a time: its A and B are read once for all of its rows, and only as many ranks as it has.
 // Sums over k run in lanes that are added at the end, sums over ranks in ascending order, the same for every row.
+//
+// Adapters lie far apart in the bank and each is read in short stretches, so that the hardware's prefetching starts over all the time:
+// every item fetches the next one's weights before it computes.
+
+template <typename T>
+INLINE void fetch(const T* p, int64_t count) {
+  for (const char *at = reinterpret_cast<const char*>(p), *end = reinterpret_cast<const char*>(p + count); at < end; at += 64) {
+    _mm_prefetch(at, _MM_HINT_T0);
+  }
+}
 
 INLINE Vec load_part(const float* p, int64_t count) {
   alignas(64) float lanes[kWidth] = {};
@@ -12,79 +22,126 @@ INLINE Vec load_part(const uint16_t* p, int64_t count) {
   return load_bf16(lanes);
 }
 
-// hidden[i] = x . a[i] for R ranks.
-template <typename T, int R>
-INLINE void dot_ranks(const float* x, const T* a, float* hidden, int64_t k) {
-  Vec acc[R];
-  for (int i = 0; i < R; ++i) acc[i] = zero();
+// hidden[row][i] = x[row] . a[i] for M rows and R ranks.
+template <int M, int R, typename T>
+INLINE void dot_ranks(const float* const* x, const T* a, float* const* hidden, int64_t rank, int64_t k) {
+  Vec acc[M][R];
+  for (int m = 0; m < M; ++m)
+    for (int i = 0; i < R; ++i) acc[m][i] = zero();
+  a += rank * k;
   int64_t c = 0;
   for (; c + kWidth <= k; c += kWidth) {
-    Vec value = load(x + c);
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) acc[i] = fma(value, load_value(a + i * k + c), acc[i]);
+    for (int i = 0; i < R; ++i) {
+      Vec weight = load_value(a + i * k + c);
+      for (int m = 0; m < M; ++m) acc[m][i] = fma(load(x[m] + c), weight, acc[m][i]);
+    }
   }
   if (c < k) {
-    Vec value = load_part(x + c, k - c);
-    for (int i = 0; i < R; ++i) acc[i] = fma(value, load_part(a + i * k + c, k - c), acc[i]);
+    for (int i = 0; i < R; ++i) {
+      Vec weight = load_part(a + i * k + c, k - c);
+      for (int m = 0; m < M; ++m) acc[m][i] = fma(load_part(x[m] + c, k - c), weight, acc[m][i]);
+    }
   }
-  for (int i = 0; i < R; ++i) hidden[i] = sum(acc[i]);
+  for (int m = 0; m < M; ++m)
+    for (int i = 0; i < R; ++i) hidden[m][rank + i] = sum(acc[m][i]);
+}
+
+// y[row][0 : columns] += sum over R ranks of hidden[row][r] * b[r, 0 : columns]. A block of y stays in the cache while ranks pass over
+// it, and every rank is read as one stream.
+template <int M, int R, typename T>
+INLINE void add_ranks(const float* const* hidden, const T* b, float* const* y, int64_t rank, int64_t columns, int64_t n) {
+  b += rank * n;
+  int64_t c = 0;
+  for (; c + kWidth <= columns; c += kWidth) {
+    Vec weight[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) weight[r] = load_value(b + r * n + c);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      Vec acc = load(y[m] + c);
+      for (int r = 0; r < R; ++r) acc = fma(fill(hidden[m][rank + r]), weight[r], acc);
+      store(y[m] + c, acc);
+    }
+  }
+  if (c < columns) {
+    for (int m = 0; m < M; ++m) {
+      Vec acc = load_part(y[m] + c, columns - c);
+      for (int r = 0; r < R; ++r) acc = fma(fill(hidden[m][rank + r]), load_part(b + r * n + c, columns - c), acc);
+      alignas(64) float lanes[kWidth];
+      store(lanes, acc);
+      __builtin_memcpy(y[m] + c, lanes, static_cast<size_t>(columns - c) * sizeof(float));
+    }
+  }
+}
+
+// The ranks of A, or the columns of B, that an item reads.
+template <typename T>
+struct LoraPart {
+  LoraPart(const Lora& l, const LoraItem& item, bool down)
+      : group(l.groups[item.group]), module(l.modules[item.module]),
+        weights(static_cast<const T*>(l.bank) + group.slot * l.size + (down ? module.a + item.first * l.k : module.b + item.first)),
+        count((down ? group.rank : module.n) - item.first) {
+    const int64_t most = down ? kRankBlock : kColumnBlock;
+    if (count > most) count = most;
+  }
+  const LoraGroup& group;
+  const LoraModule& module;
+  const T* weights;
+  int64_t count;
+};
+
+template <int M, typename T>
+INLINE void down_rows(const Lora& l, const LoraItem& item, const LoraPart<T>& part, int64_t row) {
+  const float* x[M];
+  float* hidden[M];
+  for (int m = 0; m < M; ++m) {
+    x[m] = l.x + l.rows[row + m] * l.k;
+    hidden[m] = l.hidden + (item.module * l.m + l.rows[row + m]) * l.ranks + item.first;
+  }
+  int64_t rank = 0;
+  for (; rank + 4 <= part.count; rank += 4) dot_ranks<M, 4>(x, part.weights, hidden, rank, l.k);
+  for (; rank < part.count; ++rank) dot_ranks<M, 1>(x, part.weights, hidden, rank, l.k);
 }
 
 template <typename T>
 void lora_down(const Lora& l, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    const LoraItem item = l.down[i];
-    const LoraGroup group = l.groups[item.group];
-    const T* a = static_cast<const T*>(l.bank) + group.slot * l.size + l.modules[item.module].a;
-    const int64_t last = item.first + kRankBlock < group.rank ? item.first + kRankBlock : group.rank;
-    for (int64_t r = group.begin; r < group.end; ++r) {
-      const float* x = l.x + l.rows[r] * l.k;
-      float* hidden = l.hidden + (item.module * l.m + l.rows[r]) * l.ranks;
-      int64_t rank = item.first;
-      for (; rank + 8 <= last; rank += 8) dot_ranks<T, 8>(x, a + rank * l.k, hidden + rank, l.k);
-      for (; rank + 4 <= last; rank += 4) dot_ranks<T, 4>(x, a + rank * l.k, hidden + rank, l.k);
-      for (; rank < last; ++rank) dot_ranks<T, 1>(x, a + rank * l.k, hidden + rank, l.k);
+    const LoraPart<T> part(l, l.down[i], true);
+    if (i + 1 < l.down_count) {
+      const LoraPart<T> next(l, l.down[i + 1], true);
+      fetch(next.weights, next.count * l.k);
     }
+    int64_t row = part.group.begin;
+    for (; row + 4 <= part.group.end; row += 4) down_rows<4>(l, l.down[i], part, row);
+    for (; row < part.group.end; ++row) down_rows<1>(l, l.down[i], part, row);
   }
 }
 
-// y[0 : columns] += sum over R ranks of hidden[r] * b[r, 0 : columns]. A block of y stays in the cache while ranks pass over it, and
-// every rank is read as one stream.
-template <typename T, int R>
-INLINE void add_ranks(const float* hidden, const T* b, float* y, int64_t columns, int64_t n) {
-  Vec factor[R];
-  for (int r = 0; r < R; ++r) factor[r] = fill(hidden[r]);
-  int64_t c = 0;
-  for (; c + kWidth <= columns; c += kWidth) {
-    Vec acc = load(y + c);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc = fma(factor[r], load_value(b + r * n + c), acc);
-    store(y + c, acc);
+template <int M, typename T>
+INLINE void up_rows(const Lora& l, const LoraItem& item, const LoraPart<T>& part, int64_t row) {
+  const float* hidden[M];
+  float* y[M];
+  for (int m = 0; m < M; ++m) {
+    hidden[m] = l.hidden + (item.module * l.m + l.rows[row + m]) * l.ranks;
+    y[m] = l.y + l.rows[row + m] * l.n + part.module.column + item.first;
   }
-  if (c < columns) {
-    Vec acc = load_part(y + c, columns - c);
-    for (int r = 0; r < R; ++r) acc = fma(factor[r], load_part(b + r * n + c, columns - c), acc);
-    alignas(64) float lanes[kWidth];
-    store(lanes, acc);
-    __builtin_memcpy(y + c, lanes, static_cast<size_t>(columns - c) * sizeof(float));
-  }
+  const int64_t n = part.module.n, ranks = part.group.rank;
+  int64_t rank = 0;
+  for (; rank + 8 <= ranks; rank += 8) add_ranks<M, 8>(hidden, part.weights, y, rank, part.count, n);
+  for (; rank < ranks; ++rank) add_ranks<M, 1>(hidden, part.weights, y, rank, part.count, n);
 }
 
 template <typename T>
 void lora_up(const Lora& l, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    const LoraItem item = l.up[i];
-    const LoraGroup group = l.groups[item.group];
-    const LoraModule module = l.modules[item.module];
-    const T* b = static_cast<const T*>(l.bank) + group.slot * l.size + module.b + item.first;
-    const int64_t columns = item.first + kColumnBlock < module.n ? kColumnBlock : module.n - item.first;
-    for (int64_t r = group.begin; r < group.end; ++r) {
-      const float* hidden = l.hidden + (item.module * l.m + l.rows[r]) * l.ranks;
-      float* y = l.y + l.rows[r] * l.n + module.column + item.first;
-      int64_t rank = 0;
-      for (; rank + 8 <= group.rank; rank += 8) add_ranks<T, 8>(hidden + rank, b + rank * module.n, y, columns, module.n);
-      for (; rank + 4 <= group.rank; rank += 4) add_ranks<T, 4>(hidden + rank, b + rank * module.n, y, columns, module.n);
-      for (; rank < group.rank; ++rank) add_ranks<T, 1>(hidden + rank, b + rank * module.n, y, columns, module.n);
+    const LoraPart<T> part(l, l.up[i], false);
+    if (i + 1 < l.up_count) {
+      const LoraPart<T> next(l, l.up[i + 1], false);
+      for (int64_t rank = 0; rank < next.group.rank; ++rank) fetch(next.weights + rank * next.module.n, next.count);
     }
+    int64_t row = part.group.begin;
+    for (; row + 4 <= part.group.end; row += 4) up_rows<4>(l, l.up[i], part, row);
+    for (; row < part.group.end; ++row) up_rows<1>(l, l.up[i], part, row);
   }
 }
