@@ -187,6 +187,17 @@ def test_more_requests_than_slots_wait_and_all_are_answered(program, readers):
         engine.stop()
 
 
+def test_who_waits_gets_a_slot_when_all_running_rows_end_in_the_same_step(readers):
+    program = Counting(slots=2)
+    program.gate.clear()
+    engine = Engine(program, readers)
+    # The first one is a token ahead, as one prompt is prefilled between two decode steps.
+    answers = [submit(engine, max_tokens=count) for count in (6, 5, 2)]
+    program.gate.set()
+    assert [len(answer.wait().tokens) for answer in answers] == [6, 5, 2]
+    engine.stop()
+
+
 def test_a_full_queue_refuses_with_the_limit(engine, program):
     program.gate.clear()
     answers = [submit(engine, max_tokens=2) for _ in range(4 + 3)]

@@ -240,6 +240,8 @@ class Engine:
             self._waiting.remove(sequence)
         if sequence.slot >= 0 and self._slots[sequence.slot] is sequence:
             self._slots[sequence.slot] = None
+            # Without it, those who wait would sleep on if all running rows end in the same step.
+            self._woken = True
             if sequence.request.adapter is not None:
                 self._residency.release(sequence.request.adapter)
 
