@@ -3,7 +3,6 @@
 Knows where a tensor of a checkpoint goes; knows nothing of the forward pass.
 """
 
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from flax import struct
 from jax import Array
 from safetensors import SafetensorError, safe_open
 
+from jaxlora.checkpoint.folder import WEIGHTS, weight_files
 from jaxlora.config import OUTPUT_LAYER, ModelConfig
 from jaxlora.errors import SetupError
 
@@ -152,22 +152,17 @@ def load(
 
 
 def _tensors(folder: pathlib.Path, wanted: set[str], problems: list[str]) -> Iterator[tuple[str, Array]]:
-    index = folder / "model.safetensors.index.json"
     try:
-        if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            files = ["model.safetensors"]
-        for file in files:
-            if pathlib.PurePath(file).name != file:
-                raise SetupError(f"the index names a file outside the model folder: {file!r}")
+        for file in weight_files(folder):
+            if file.parent != folder:
+                raise SetupError(f"the index names a file outside the model folder: {file.name!r}")
             # One tensor at a time: the file is memory-mapped, so the host never holds a second copy of the model.
-            with safe_open(folder / file, framework="flax") as shard:
+            with safe_open(file, framework="flax") as shard:
                 for name in shard.keys():
                     if name in wanted:
                         yield name, shard.get_tensor(name)
     except FileNotFoundError as error:
-        problems.append(f"{pathlib.Path(str(error.filename or 'model.safetensors')).name} is missing from the model folder")
+        problems.append(f"{pathlib.Path(str(error.filename or WEIGHTS)).name} is missing from the model folder")
     except (SafetensorError, KeyError, ValueError) as error:
         problems.append(f"the checkpoint can't be read: {error}")
 
