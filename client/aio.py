@@ -1,5 +1,6 @@
 """The client of a server for asyncio: the methods of `Client`, awaited. One event loop uses it; all tasks on it may do so at once."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Self, Unpack
 
@@ -7,8 +8,9 @@ import grpc
 from tritonclient.grpc import service_pb2_grpc
 
 from client import catalogue, errors, wire
-from client.answers import Chunk, Completion, joined
+from client.answers import Chunk, Completion, check_ended, joined
 from client.requests import Message, Prompt, Sampling, fields_of
+from jaxlora.errors import Cancelled
 
 
 class AsyncStream(AsyncIterator[Chunk]):
@@ -19,30 +21,46 @@ class AsyncStream(AsyncIterator[Chunk]):
         self._call, self._url = call, url
         self._chunks: list[Chunk] = []
         self._responses = aiter(call)
-        self._ended = False
+        self._closed = False
 
     async def __anext__(self) -> Chunk:
-        while not self._ended:
+        while not self._closed:
             try:
-                response = await anext(self._responses)
-                if response.error_message:
-                    raise errors.from_text(response.error_message)
+                chunk = await self._next_chunk()
             except BaseException as error:
+                closed_meanwhile = self._closed
                 self.close()
+                if isinstance(error, Cancelled) and closed_meanwhile:
+                    break
                 if isinstance(error, StopAsyncIteration):
-                    joined(self._chunks)
-                if isinstance(error, grpc.RpcError):
-                    raise errors.from_rpc(error, self._url) from None
+                    check_ended(self._chunks)
                 raise
-            chunk = Chunk.of(wire.outputs(response.infer_response))
             self._chunks.append(chunk)
             if chunk:
                 return chunk
         raise StopAsyncIteration
 
+    async def _next_chunk(self) -> Chunk:
+        try:
+            response = await anext(self._responses)
+            chunk = None if response.error_message else Chunk.of(wire.outputs(response.infer_response))
+            if chunk is None or chunk.end is not None:
+                async for _ in self._responses:  # see `client.remote`
+                    pass
+        except grpc.RpcError as error:
+            raise errors.from_rpc(error, self._url) from None
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():
+                raise
+            # This is how gRPC tells that the call was cancelled; to asyncio it would mean this task.
+            raise Cancelled("the client was closed before the answer's end") from None
+        if chunk is None:
+            raise errors.from_text(response.error_message)
+        return chunk
+
     def close(self) -> None:
         """Cancels the rest of the answer. Does nothing after its end."""
-        self._ended = True
+        self._closed = True
         self._call.cancel()
 
     async def completion(self) -> Completion:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxlora.errors import EngineError
+from jaxlora.errors import Cancelled, EngineError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +91,20 @@ def logprobs_of(entries: Sequence[Mapping[str, Mapping[str, Any]]]) -> Logprobs:
     )
 
 
+def check_ended(chunks: Sequence[Chunk]) -> None:
+    """Raises EngineError if no more chunks come, but the last one is missing."""
+    if not chunks or chunks[-1].end is None:
+        raise EngineError("the answer broke off before its end")
+
+
 def joined(chunks: Sequence[Chunk]) -> Completion:
     """The whole answer that chunks are.
 
     Raises:
-        EngineError: the last chunk is missing.
+        Cancelled: the last chunk is missing, since the stream was closed before.
     """
     end = chunks[-1].end if chunks else None
     if end is None:
-        raise EngineError("the answer broke off before its end")
+        raise Cancelled("the stream was closed before the answer's end")
     text, logprobs = "".join(chunk.text for chunk in chunks), tuple(entry for chunk in chunks for entry in chunk.logprobs)
     return Completion(**vars(end), text=text, logprobs=logprobs)

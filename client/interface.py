@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self, Unpack
 
 from client import catalogue
-from client.answers import Chunk, Completion, joined
+from client.answers import Chunk, Completion, check_ended, joined
 from client.requests import Message, Prompt, Sampling, fields_of
+from jaxlora.errors import Cancelled
 
 
 class Responses(Protocol):
@@ -23,22 +24,25 @@ class Stream(Iterator[Chunk]):
     """An answer on its way: an iterator of chunks. The request has been sent when it is made.
 
     Leaving the loop, `close`, the end of a `with` block and dropping the object all cancel what has not come yet. One thread reads it;
-    `close` may be called from another one, and the reader then gets Cancelled.
+    `close` may be called from another one, which ends the loop.
     """
 
     def __init__(self, responses: Responses):
         self._responses = responses
         self._chunks: list[Chunk] = []
-        self._ended = False
+        self._closed = False
 
     def __next__(self) -> Chunk:
-        while not self._ended:
+        while not self._closed:
             try:
                 chunk = next(self._responses)
             except BaseException as error:
+                closed_meanwhile = self._closed
                 self.close()
+                if isinstance(error, Cancelled) and closed_meanwhile:
+                    break
                 if isinstance(error, StopIteration):
-                    joined(self._chunks)
+                    check_ended(self._chunks)
                 raise
             self._chunks.append(chunk)
             if chunk:
@@ -47,14 +51,14 @@ class Stream(Iterator[Chunk]):
 
     def close(self) -> None:
         """Cancels the rest of the answer. Does nothing after its end."""
-        self._ended = True
+        self._closed = True
         self._responses.close()
 
     def completion(self) -> Completion:
         """The whole answer; reads what has not been read yet.
 
         Raises:
-            EngineError: the stream was closed before its end.
+            Cancelled: the stream was closed before its end.
         """
         for _ in self:
             pass

@@ -5,6 +5,7 @@ on a stream does not say which request it belongs to, and a stream can only be c
 anyway.
 """
 
+import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,11 +73,16 @@ class _Responses:
     def __next__(self) -> Chunk:
         try:
             response = next(self._call)
+            chunk = None if response.error_message else Chunk.of(wire.outputs(response.infer_response))
+            if chunk is None or chunk.end is not None:
+                # To the end of the call as well: Triton 2.51 can lose track of a request that is cancelled while it ends, and then
+                # waits for it when it is told to stop.
+                collections.deque(self._call, maxlen=0)
         except grpc.RpcError as error:
             raise errors.from_rpc(error, self._url) from None
-        if response.error_message:
+        if chunk is None:
             raise errors.from_text(response.error_message)
-        return Chunk.of(wire.outputs(response.infer_response))
+        return chunk
 
     def close(self) -> None:
         self._call.cancel()
