@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,6 +75,12 @@ def _path(text: str) -> pathlib.Path:
     return pathlib.Path(_text(text)).expanduser()
 
 
+def _key(text: str) -> str:
+    if re.fullmatch("[A-Za-z0-9_-]{16,128}", text) is None:
+        raise ValueError("a key has 16 to 128 letters, digits, `-` or `_`")  # without the key: this goes into logs
+    return text
+
+
 def _setting(default: Any, parse: Callable[[str], Any], help: str) -> Any:
     return dataclasses.field(default=default, metadata={"parse": parse, "help": help})
 
@@ -105,6 +112,10 @@ class Settings:
     max_prompt_bytes: int = _setting(MIB, _whole(1), "longest prompt text or `messages`, in bytes")
     max_output_tokens: int = _setting(2048, _whole(1), "largest `max_tokens`")
     default_max_tokens: int = _setting(256, _whole(1), "`max_tokens` of a request that names none")
+    admin_key: str = _setting("", _key, "key that model control, trace, log and shared-memory calls must carry; empty: they need none")
+    request_log: str = _setting("stdout", _text, "one JSON line a request goes to: `stdout` (the server's log), `none`, or a file")
+    log_prompts: int = _setting(0, _whole(0, 1), "1: those lines hold the text of the prompt")
+    metrics_adapters: int = _setting(100, _whole(1, 10_000), "adapter versions with metrics of their own; the others share `other`")
 
     @classmethod
     def names(cls) -> list[str]:

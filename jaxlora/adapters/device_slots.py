@@ -77,6 +77,10 @@ class DeviceSlots:
         holder = self._holders.get(key)
         return None if holder is None else holder.slot
 
+    def keys(self) -> list[Hashable]:
+        """The adapters that have a slot."""
+        return list(self._holders)
+
     def __len__(self) -> int:
         """How many adapters have a slot."""
         return len(self._holders)

@@ -47,11 +47,18 @@ class Engine:
     Arguments:
         program: warmed up; the engine's thread is the only one that uses it from now on.
         read_adapter: the future of an adapter in host memory for a request's adapter key.
+        placed: told of every adapter that came onto the device, how many seconds after it was first asked for.
     """
 
-    def __init__(self, program: Program, read_adapter: Callable[[Hashable], "Future[HostAdapter]"], limits: Limits = Limits()):
+    def __init__(
+        self,
+        program: Program,
+        read_adapter: Callable[[Hashable], "Future[HostAdapter]"],
+        limits: Limits = Limits(),
+        placed: Callable[[float], None] = lambda seconds: None,
+    ):
         self._program, self._limits = program, limits
-        self._residency = Residency(program, read_adapter, self._wake)
+        self._residency = Residency(program, read_adapter, self._wake, placed)
         self._wakeup = threading.Condition()
         self._woken = False
         self._arrived: collections.deque[Sequence] = collections.deque()
@@ -75,7 +82,7 @@ class Engine:
             self._check_open()
             # Those that the free slots will take at once don't wait.
             if self._queue_length() - self._slots.count(None) >= self._limits.max_queue:
-                raise Unavailable(f"the queue is full: {self._limits.max_queue} requests wait for a slot (MAX_QUEUE)", retry_after_s=1)
+                raise Unavailable(f"the queue is full: {self._limits.max_queue} requests wait for a slot (MAX_QUEUE)", 1, "queue_full")
             self._arrived.append(sequence)
             self._woken = True
             self._wakeup.notify()
@@ -87,14 +94,20 @@ class Engine:
         return self._thread.is_alive() and self._error is None
 
     def load(self) -> dict[str, int]:
-        """What is going on: requests waiting and running, slots in all, adapters on the device, and counters since the start."""
-        running = sum(sequence is not None for sequence in self._slots)
+        """What is going on: requests waiting and running, slots in all, tokens in the KV cache that belong to running requests, adapters
+        on the device, and counters since the start."""
+        running = [sequence for sequence in list(self._slots) if sequence is not None]
         with self._wakeup:
             waiting = self._queue_length()
         return {
-            "waiting": waiting, "running": running, "slots": len(self._slots), "steps": self.steps,
-            "adapters_resident": self._residency.resident(), "adapters_placed": self._residency.placed, "compiled": self._program.compiled(),
+            "waiting": waiting, "running": len(running), "slots": len(self._slots), "steps": self.steps,
+            "kv_tokens": sum(sequence.written for sequence in running),
+            "adapters_resident": len(self._residency.resident()), "adapters_placed": self._residency.placed, "compiled": self._program.compiled(),
         }
+
+    def adapters(self) -> list[Hashable]:
+        """The keys of the adapters on the device."""
+        return self._residency.resident()
 
     def stop(self) -> None:
         """Ends the thread. Whatever has not finished fails as `Unavailable`."""
@@ -109,9 +122,9 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._error is not None:
-            raise Unavailable(f"the engine has stopped: {self._error}")
+            raise Unavailable(f"the engine has stopped: {self._error}", reason="engine_stopped")
         if self._stopping:
-            raise Unavailable("the server is shutting down")
+            raise Unavailable("the server is shutting down", reason="shutting_down")
 
     def _wake(self) -> None:
         with self._wakeup:
@@ -137,7 +150,7 @@ class Engine:
             if self._error is not None:
                 self._fail(sequence, EngineError(f"the engine stopped: {type(self._error).__name__}: {self._error}"))
             else:
-                self._fail(sequence, Unavailable("the server is shutting down"))
+                self._fail(sequence, Unavailable("the server is shutting down", reason="shutting_down"))
         self._waiting.clear()
 
     def _collect(self) -> None:
@@ -179,6 +192,7 @@ class Engine:
             sequence.slot, sequence.bank_slot = self._slots.index(None), bank_slot
             sequence.started = time.monotonic()
             self._slots[sequence.slot] = sequence
+            self._tell(sequence.request.started)
 
     def _prefill(self) -> None:
         prefilling = [sequence for sequence in self._slots if sequence is not None and sequence.prefilling]

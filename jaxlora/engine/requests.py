@@ -1,7 +1,7 @@
 """What the engine takes and gives back: token ids and numbers, no text, no Triton."""
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 from jaxlora.errors import ServingError
@@ -82,7 +82,7 @@ class Request:
     """One prompt to continue.
 
     `adapter` is the key of an immutable adapter version (None: the base model). `timeout_s` bounds the whole request, queue included
-    (None: only the queue's own limit holds).
+    (None: only the queue's own limit holds). `started` is called, as the sink is, when the request gets its slot.
     """
 
     prompt: tuple[int, ...]
@@ -90,3 +90,4 @@ class Request:
     sink: Sink
     adapter: Hashable | None = None
     timeout_s: float | None = None
+    started: Callable[[], None] = lambda: None

@@ -1,5 +1,6 @@
 """Adapters on their way to the device: read and packed in the background, placed between two steps, held by reference count."""
 
+import time
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -23,11 +24,19 @@ class HostAdapter(Protocol):
 class Residency:
     """Which adapters are on the device. Used by the engine's thread alone; reading and packing happen in other threads.
 
-    `read` gives the future of an adapter in host memory; `wake` is called, from any thread, when an adapter is ready to be placed.
+    `read` gives the future of an adapter in host memory; `wake` is called, from any thread, when an adapter is ready to be placed. `placed`
+    is told of each one that is on the device, how many seconds after it was first asked for.
     """
 
-    def __init__(self, program: Program, read: Callable[[Hashable], "Future[HostAdapter]"], wake: Callable[[], None]):
-        self._program, self._read, self._wake = program, read, wake
+    def __init__(
+        self,
+        program: Program,
+        read: Callable[[Hashable], "Future[HostAdapter]"],
+        wake: Callable[[], None],
+        placed: Callable[[float], None] = lambda seconds: None,
+    ):
+        self._program, self._read, self._wake, self._placed = program, read, wake, placed
+        self._asked: dict[Hashable, float] = {}
         self._slots = DeviceSlots(program.sizes.lora_slots)
         self._pending: dict[Hashable, Future[tuple[np.ndarray, int]]] = {}
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="adapter-packer")
@@ -46,11 +55,13 @@ class Residency:
         future = self._pending.get(key)
         if future is None:
             if len(self._pending) < MAX_PENDING:
+                self._asked[key] = time.monotonic()
                 self._pending[key] = self._start(key)
             return None
         if not future.done():
             return None
         if future.exception() is not None:
+            del self._asked[key]
             raise self._pending.pop(key).exception()
         acquired = self._slots.acquire(key)
         if acquired is None:
@@ -59,15 +70,16 @@ class Residency:
         self._program.put_adapter(acquired.slot, vector, rank)
         self._slots.set_loaded(key)
         self.placed += 1
+        self._placed(time.monotonic() - self._asked.pop(key))
         return acquired.slot
 
     def release(self, key: Hashable) -> None:
         """Gives a reference back; the adapter stays until its slot is needed."""
         self._slots.release(key)
 
-    def resident(self) -> int:
-        """How many adapters have a slot on the device."""
-        return len(self._slots)
+    def resident(self) -> list[Hashable]:
+        """The adapters that have a slot on the device. Any thread may call it."""
+        return self._slots.keys()
 
     def close(self) -> None:
         """Waits for the packing thread to end."""

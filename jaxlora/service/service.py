@@ -1,12 +1,10 @@
 """The whole path of a request without Triton: fields -> checks -> adapter version -> engine -> text to a listener."""
 
 import pathlib
-import resource
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
-
-import jax
 
 from jaxlora import backend, weights
 from jaxlora.adapters import AdapterVersion, CatalogueReader, HostCache, catalogue_path
@@ -14,12 +12,17 @@ from jaxlora.checkpoint import resolve
 from jaxlora.compilation import keep_compiled_programs
 from jaxlora.config import ModelConfig
 from jaxlora.engine import Engine, Handle, Limits, Program, Request, Sizes
+from jaxlora.errors import ServingError, SetupError
 from jaxlora.peft import Limits as PeftLimits
 from jaxlora.peft import LoraAdapter, read
 from jaxlora.service.answers import AnswerSink, Listener
 from jaxlora.service.memory import check_length
+from jaxlora.service.metrics import Registry
+from jaxlora.service.observation import Observer
 from jaxlora.service.plan import Plan, plan
 from jaxlora.service.prompts import prompt_ids
+from jaxlora.service.request_log import RequestLog
+from jaxlora.service.state import StateRecorder, peak_memory_bytes
 from jaxlora.settings import Settings
 from jaxlora.text import Tokenizer
 
@@ -32,6 +35,7 @@ class LoraService:
         store: folder of the adapter store, whose catalogue `jaxlora.adapters.refresh` keeps.
         progress: told what is going on while the model loads and compiles, line by line.
         catalogue: another catalogue of the store than the one that its server keeps.
+        log: where the line of each request goes; closed with the service.
 
     Raises:
         SetupError: the base model can't be served with these settings.
@@ -43,6 +47,7 @@ class LoraService:
         store: str | pathlib.Path,
         progress: Callable[[str], None] = lambda line: None,
         catalogue: CatalogueReader | None = None,
+        log: RequestLog | None = None,
     ):
         self.settings = settings
         keep_compiled_programs(settings.cache_dir)
@@ -70,8 +75,11 @@ class LoraService:
         program.warm_up(progress)
         self._limits = PeftLimits.of(settings)
         self._catalogue = catalogue or CatalogueReader(catalogue_path(settings.cache_dir, store))
+        describe_prompt = self.tokenizer.decode if settings.log_prompts else None
+        self.observer = Observer(Registry(), log or RequestLog(), settings.metrics_adapters, describe_prompt)
         self._host = HostCache(settings.adapter_host_cache_bytes, self._read)
-        self.engine = Engine(program, self._fetch, Limits(settings.max_queue, settings.queue_timeout_s))
+        self.engine = Engine(program, self._fetch, Limits(settings.max_queue, settings.queue_timeout_s), self._placed)
+        self.state = StateRecorder(settings, self.observer, self.engine, self._host, self._catalogue)
 
     def submit(
         self, fields: Mapping[str, Any], listener: Listener, input_ids: Sequence[int] | None = None, timeout_s: float | None = None
@@ -86,7 +94,12 @@ class LoraService:
         Raises:
             InvalidRequest, AdapterNotFound, Unavailable: the request is refused; the listener hears nothing.
         """
-        return self.start(self.check(fields, input_ids), listener, timeout_s)
+        try:
+            checked = self.check(fields, input_ids)
+        except ServingError as error:
+            self.observer.refusals.record(error)
+            raise
+        return self.start(checked, listener, timeout_s)
 
     def check(self, fields: Mapping[str, Any], input_ids: Sequence[int] | None = None) -> tuple[Plan, AdapterVersion | None]:
         """What `start` takes: the request checked completely, and its adapter resolved to one immutable version.
@@ -98,27 +111,40 @@ class LoraService:
         made = plan(fields, prompt, self.tokenizer, self.config, self.settings)
         return made, self._catalogue.current().resolve(made.lora_name) if made.lora_name else None
 
-    def start(self, checked: tuple[Plan, AdapterVersion | None], listener: Listener, timeout_s: float | None = None) -> Handle:
-        """Queues a checked request. Raises Unavailable if the queue is full."""
+    def start(
+        self, checked: tuple[Plan, AdapterVersion | None], listener: Listener, timeout_s: float | None = None, request_id: str = ""
+    ) -> Handle:
+        """Queues a checked request; `request_id` names it in the request log. Raises Unavailable if the queue is full."""
         made, adapter = checked
         sink = AnswerSink(made, adapter, self.tokenizer, listener, peak_memory_bytes)
-        return self.engine.submit(Request(made.prompt, made.params, sink, adapter, timeout_s))
+        observed = self.observer.observe(sink, made.prompt, adapter, request_id)
+        try:
+            handle = self.engine.submit(Request(made.prompt, made.params, observed, adapter, timeout_s, observed.started))
+        except ServingError as error:
+            observed.refused(error)
+            raise
+        self.observer.accepted(observed)
+        return handle
 
     def close(self) -> None:
         """Stops the engine; requests that have not finished fail as `Unavailable`."""
         self.engine.stop()
         self._host.close()
+        self.observer.log.close()
 
     def _fetch(self, key: Any) -> "Future[LoraAdapter]":
         return self._host.get(key)
 
     def _read(self, version: AdapterVersion) -> LoraAdapter:
-        return read(version.path, self.config, self._limits, version.sha256, version.config_sha256)
+        registry, started = self.observer.registry, time.monotonic()
+        try:
+            adapter = read(version.path, self.config, self._limits, version.sha256, version.config_sha256)
+        except Exception:
+            registry.add("lora_adapter_load_failures_total")
+            raise
+        registry.observe("lora_adapter_load_seconds", "host", value=time.monotonic() - started)
+        registry.add("lora_adapter_loads_total", "host")
+        return adapter
 
-
-def peak_memory_bytes() -> int:
-    """The most memory that was in use so far: of the accelerator where it tells, else of this process."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def _placed(self, seconds: float) -> None:
+        self.observer.registry.observe("lora_adapter_load_seconds", "device", value=seconds)

@@ -13,7 +13,9 @@ from jaxlora.checkpoint import resolve
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterInvalid
 from jaxlora.peft import Limits
+from jaxlora.service.metrics import Registry
 from server import backend
+from server.exporter import Exporter
 
 
 class TritonPythonModel:
@@ -27,6 +29,12 @@ class TritonPythonModel:
         report = refresh(store, catalogue, base, Limits.of(settings), _server())
         for line in report.lines():
             print(f"adapters: {line}", flush=True)
+        registry = Registry()
+        registry.add("lora_publishes_total", "accepted", amount=len(report.added))
+        registry.add("lora_publishes_total", "refused", amount=len(report.rejected))
+        # Kept as long as this instance, which shares the counters with the one before and the next.
+        self._exporter = Exporter(registry)
+        self._exporter.sync()
         if report.rejected and not report.first:
             raise AdapterInvalid(report.problems())
         self._catalogue = CatalogueReader(catalogue)

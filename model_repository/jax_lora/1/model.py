@@ -6,10 +6,14 @@ from typing import Any
 
 from replies import Replies, Sender, Watcher
 
+from jaxlora.adapters import AdapterVersion
 from jaxlora.errors import InvalidRequest
 from jaxlora.service.fields import INPUT_IDS, merge_fields
+from jaxlora.service.plan import Plan
+from jaxlora.service.request_log import RequestLog
 from jaxlora.service.service import LoraService
 from server import backend
+from server.exporter import ExporterThread
 
 
 class TritonPythonModel:
@@ -17,24 +21,38 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         self.settings = backend.settings(args)
         store = pathlib.Path(args["model_repository"]).parent / "adapters"
-        self.service = LoraService(self.settings, store, backend.progress)
+        self.service = LoraService(self.settings, store, backend.progress, log=RequestLog(self.settings.request_log))
         self.sender, self.watcher = Sender(), Watcher()
+        self.metrics = ExporterThread(self.service.observer.registry, self.service.state.record)
 
     def execute(self, requests: list[Any]) -> None:
         """Hands each request to the engine and returns at once: the answers come from the sender's thread."""
         for request in requests:
             response_sender = request.get_response_sender()
             try:
-                self._start(request, response_sender)
+                checked, stream = self._check(request)
+            except Exception as error:
+                self.service.observer.refusals.record(error, request.request_id())
+                backend.send_error(response_sender, error)
+                continue
+            timeout_s = request.timeout() / 1e6 or None
+            start = functools.partial(self.service.start, timeout_s=timeout_s, request_id=request.request_id())
+            replies = Replies(response_sender, self.sender, len(checked), stream)
+            try:
+                replies.start([functools.partial(start, row) for row in checked])
             except Exception as error:
                 backend.send_error(response_sender, error)
+                continue
+            self.watcher.watch(replies)
 
     def finalize(self) -> None:
         self.service.close()
         self.watcher.close()
         self.sender.close()
+        self.metrics.close()
 
-    def _start(self, request: Any, response_sender: Any) -> None:
+    def _check(self, request: Any) -> tuple[list[tuple[Plan, AdapterVersion | None]], bool]:
+        """The rows of a request, checked, and whether it streams."""
         parameters, rows = backend.parameters(request), backend.rows(request)
         prompts = [row.pop(INPUT_IDS.name, None) for row in rows]
         fields = [merge_fields(row, parameters, self.settings) for row in rows]
@@ -44,10 +62,7 @@ class TritonPythonModel:
         checked = [
             self.service.check(row, None if prompt is None else _unpadded(prompt)) for row, prompt in zip(fields, prompts, strict=True)
         ]
-        timeout_s = request.timeout() / 1e6 or None
-        replies = Replies(response_sender, self.sender, len(rows), stream)
-        replies.start([functools.partial(self.service.start, row, timeout_s=timeout_s) for row in checked])
-        self.watcher.watch(replies)
+        return checked, stream
 
 
 def _unpadded(ids: list[int]) -> list[int]:

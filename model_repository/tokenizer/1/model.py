@@ -11,9 +11,13 @@ import triton_python_backend_utils as pb_utils
 
 from jaxlora.checkpoint import resolve
 from jaxlora.service.fields import INPUT_IDS, merge_fields
+from jaxlora.service.metrics import Registry
 from jaxlora.service.prompts import prompt_ids
+from jaxlora.service.refusals import Refusals
+from jaxlora.service.request_log import RequestLog
 from jaxlora.text import Tokenizer
 from server import backend
+from server.exporter import Exporter
 
 PADDING = -1
 
@@ -23,15 +27,23 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         self.settings = backend.settings(args)
         self.tokenizer = Tokenizer.from_folder(resolve(self.settings.model, self.settings.cache_dir, backend.progress))
+        registry = Registry()
+        self.log = RequestLog(self.settings.request_log)
+        self.refusals, self.exporter = Refusals(registry, self.log), Exporter(registry)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
+
+    def finalize(self) -> None:
+        self.log.close()
 
     def _answer(self, request: Any) -> Any:
         try:
             parameters = backend.parameters(request)
             rows = [prompt_ids(self.tokenizer, merge_fields(row, parameters, self.settings)) for row in backend.rows(request)]
         except Exception as error:
+            self.refusals.record(error, request.request_id())
+            self.exporter.sync()
             return backend.error_response(error)
         ids = np.full((len(rows), max(map(len, rows))), PADDING, np.int32)
         for row, values in enumerate(rows):

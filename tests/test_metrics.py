@@ -1,0 +1,320 @@
+"""What is counted of requests, what is written to the request log, and how a registry gets into Triton's metrics. Starts no server."""
+
+import collections
+import json
+import pathlib
+import re
+import sys
+import threading
+import time
+import types
+import weakref
+
+import pytest
+
+from jaxlora.adapters import AdapterName, AdapterVersion
+from jaxlora.engine.requests import Result, Timings, Token
+from jaxlora.errors import Cancelled, EngineError, InvalidRequest, RequestTimeout, SetupError, Unavailable
+from jaxlora.service import request_log
+from jaxlora.service.metrics import COUNTER, HISTOGRAM, METRICS, BoundedLabels, Registry
+from jaxlora.service.observation import Observer
+from jaxlora.service.request_log import RequestLog
+from server.exporter import Exporter
+
+SQL = AdapterVersion(AdapterName("alice", "sql", 2), "", "", 8, 100, pathlib.Path("x"), ())
+SQL_LABELS = ("alice/sql", "2")
+
+
+class TestTable:
+    def test_names_follow_the_conventions(self):
+        for metric in METRICS.values():
+            assert re.fullmatch("lora_[a-z0-9]+(_[a-z0-9]+)*", metric.name)
+            assert metric.name.endswith("_total") == (metric.kind == COUNTER), metric.name
+            assert not re.search("_(ms|millis|minutes|mib|mb|percent)(_|$)", metric.name), "base units only"
+            assert metric.help.endswith(".") and list(metric.buckets) == sorted(set(metric.buckets))
+            assert bool(metric.buckets) == (metric.kind == HISTOGRAM)
+
+    def test_a_series_has_all_labels_of_its_metric(self):
+        registry = Registry()
+        for call in (registry.add, lambda *labels: registry.set(*labels, value=1), lambda *labels: registry.only(*labels, value=1)):
+            with pytest.raises(ValueError, match="lora_prompt_tokens_total has the labels"):
+                call("lora_prompt_tokens_total", "alice/sql")
+        with pytest.raises(ValueError, match="lora_queue_time_seconds has the labels"):
+            registry.observe("lora_queue_time_seconds", value=1)
+
+
+class TestRegistry:
+    def test_nothing_is_lost_between_threads(self):
+        registry = Registry()
+
+        def work():
+            for _ in range(2000):
+                registry.add("lora_generated_tokens_total", *SQL_LABELS)
+                registry.observe("lora_queue_time_seconds", *SQL_LABELS, value=0.5)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        values, distributions = registry.read()
+        assert values["lora_generated_tokens_total"] == {SQL_LABELS: 8000}
+        found = distributions["lora_queue_time_seconds"][SQL_LABELS]
+        assert sum(found.counts) == 8000 and sum(found.sums) == 4000
+
+    def test_what_was_read_does_not_change(self):
+        registry = Registry()
+        registry.observe("lora_queue_time_seconds", *SQL_LABELS, value=0.5)
+        _, before = registry.read()
+        registry.observe("lora_queue_time_seconds", *SQL_LABELS, value=0.5)
+        assert sum(before["lora_queue_time_seconds"][SQL_LABELS].counts) == 1
+
+    def test_an_info_has_one_series(self):
+        registry = Registry()
+        registry.only("lora_requests_info", "8", "a/b", "", value=1)
+        registry.only("lora_requests_info", "8", "", "a/b", value=2)
+        assert registry.read()[0]["lora_requests_info"] == {("8", "", "a/b"): 2}
+
+    def test_labels_past_the_bound_share_one(self):
+        bounded = BoundedLabels(2, ("other", ""))
+        names = [bounded((f"user/{number}", "1")) for number in (0, 1, 2, 3, 0, 1)]
+        assert [name for name, _ in names] == ["user/0", "user/1", "other", "other", "user/0", "user/1"]
+
+
+class Family:
+    """Triton's MetricFamily: keeps every series until it goes itself."""
+
+    COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
+    living: "weakref.WeakValueDictionary[str, Family]" = weakref.WeakValueDictionary()
+
+    def __init__(self, name, description, kind):
+        assert name not in Family.living and description
+        self.kind, self.series = kind, {}
+        Family.living[name] = self
+
+    def Metric(self, labels, buckets=None):  # noqa: N802
+        assert (buckets is not None) == (self.kind == Family.HISTOGRAM)
+        series = types.SimpleNamespace(value=0.0, values=[], calls=0)
+        self.series[tuple(labels.values())] = series
+
+        def change(value):
+            assert value >= 0
+            series.calls, series.value = series.calls + 1, series.value + value
+
+        def set(value):
+            series.calls, series.value = series.calls + 1, value
+
+        series.increment, series.set, series.observe = change, set, series.values.append
+        return series
+
+
+class TestExporter:
+    @pytest.fixture(autouse=True)
+    def triton(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "triton_python_backend_utils", types.SimpleNamespace(MetricFamily=Family))
+        Family.living.clear()
+
+    def test_counters_and_gauges_are_as_the_registry_has_them(self):
+        registry = Registry()
+        exporter = Exporter(registry)
+        for total in (3, 4, 4, 10):
+            registry.set("lora_engine_steps_total", value=total)
+            registry.set("lora_requests_running", value=total)
+            exporter.sync()
+            assert Family.living["lora_engine_steps_total"].series[()].value == total
+            assert Family.living["lora_requests_running"].series[()].value == total
+        assert Family.living["lora_engine_steps_total"].series[()].calls == 3, "what did not change costs nothing"
+
+    def test_a_series_that_begins_at_zero_is_shown(self):
+        registry = Registry()
+        registry.add("lora_publishes_total", "refused", amount=0)
+        exporter = Exporter(registry)
+        exporter.sync()
+        assert Family.living["lora_publishes_total"].series[("refused",)].value == 0
+
+    def test_histograms_have_every_value_in_its_bucket_and_the_same_sum(self):
+        registry, name = Registry(), "lora_time_to_first_token_seconds"
+        bounds = METRICS[name].buckets
+        exporter, values = Exporter(registry), [0.0003, 0.1, 0.1, 0.1, 0.07, 0.25, 1e-9, 500.0, 1000.0, 0.1000001]
+        for count in (4, 10):
+            for value in values[count - 4 if count == 4 else 4 : count]:
+                registry.observe(name, *SQL_LABELS, value=value)
+            exporter.sync()
+
+        def buckets(values):
+            return collections.Counter(next((bound for bound in bounds if value <= bound), "inf") for value in values)
+
+        shown = Family.living[name].series[SQL_LABELS].values
+        assert buckets(shown) == buckets(values) and sum(shown) == pytest.approx(sum(values))
+
+    def test_an_info_leaves_no_series_behind(self):
+        registry = Registry()
+        exporter = Exporter(registry)
+        for number in range(5):
+            registry.only("lora_requests_info", "8", f"user/{number}", "", value=number)
+            exporter.sync()
+        assert list(Family.living["lora_requests_info"].series) == [("8", "user/4", "")]
+
+
+class Sink:
+    def __init__(self):
+        self.calls = []
+
+    def token(self, token):
+        self.calls.append(token.id)
+        return token.id == 9
+
+    def finish(self, result):
+        self.calls.append(result.reason)
+
+    def fail(self, error):
+        self.calls.append(error)
+
+
+class TestObserver:
+    @pytest.fixture
+    def path(self, tmp_path):
+        return tmp_path / "requests.jsonl"
+
+    @pytest.fixture
+    def observer(self, path):
+        observer = Observer(Registry(), RequestLog(str(path)), 100)
+        yield observer
+        observer.log.close()
+
+    def lines(self, observer, path):
+        observer.log.close()
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def values(self, observer, name):
+        values, distributions = observer.registry.read()
+        return {labels: sum(found.counts) for labels, found in distributions[name].items()} if name in distributions else values[name]
+
+    def test_a_request_that_finishes(self, observer, path):
+        sink = Sink()
+        observed = observer.observe(sink, (1, 2, 3), SQL, "id-1")
+        observer.accepted(observed)
+        assert observer.load()[SQL_LABELS] == (0, 1) and observer.waiting_adapters() == {"alice/sql"}
+        observed.started()
+        assert observer.load()[SQL_LABELS] == (1, 0) and observer.waiting_adapters() == set()
+        assert [observed.token(Token(id, 0.0)) for id in (5, 9)] == [False, True], "the sink's own answer is passed on"
+        begun = time.monotonic()
+        observed.finish(Result("stop", 3, 3, 0, Timings(begun - 4, begun - 3, begun - 2, begun)))
+        assert observer.load()[SQL_LABELS] == (0, 0)
+        assert sink.calls == [5, 9, "stop"]
+        assert self.values(observer, "lora_requests_total") == {(*SQL_LABELS, "finished", "stop"): 1}
+        assert self.values(observer, "lora_requests_accepted_total")[SQL_LABELS] == 1
+        assert self.values(observer, "lora_prompt_tokens_total")[SQL_LABELS] == 3
+        assert self.values(observer, "lora_generated_tokens_total")[SQL_LABELS] == 3, "a stop token counts, though no sink sees it"
+        for name in ("queue_time", "time_to_first_token", "time_per_output_token", "request_duration"):
+            assert self.values(observer, f"lora_{name}_seconds") == {SQL_LABELS: 1}
+        (distribution,) = observer.registry.read()[1]["lora_time_per_output_token_seconds"].values()
+        assert sum(distribution.sums) == pytest.approx(1.0), "2 s for the 2 tokens after the first"
+        (line,) = self.lines(observer, path)
+        assert line["request_id"] == "id-1" and (line["adapter"], line["version"]) == ("alice/sql", 2)
+        assert (line["outcome"], line["reason"], line["prompt_tokens"], line["completion_tokens"]) == ("finished", "stop", 3, 3)
+        assert 0 <= line["queue_ms"] <= line["ttft_ms"] <= line["total_ms"] and "prompt" not in line
+
+    def test_an_answer_of_only_a_stop_token_has_a_first_token(self, observer):
+        observed = observer.observe(Sink(), (1,), None, "")
+        observed.started()
+        observed.finish(Result("stop", 1, 1, 0, Timings(0.0, 0.0, time.monotonic(), time.monotonic())))
+        assert self.values(observer, "lora_time_to_first_token_seconds") == {("base", "0"): 1}
+        assert self.values(observer, "lora_generated_tokens_total") == {("base", "0"): 1}
+        assert self.values(observer, "lora_time_per_output_token_seconds") == {}
+
+    @pytest.mark.parametrize(
+        ("error", "started", "outcome", "reason"),
+        [
+            (Cancelled("x"), True, "cancelled", "cancelled"),
+            (RequestTimeout("x"), True, "failed", "timeout"),
+            (RequestTimeout("x"), False, "failed", "queue_timeout"),
+            (EngineError("x"), True, "failed", "engine"),
+            (Unavailable("x", reason="shutting_down"), False, "failed", "shutting_down"),
+        ],
+    )
+    def test_a_request_that_fails(self, observer, path, error, started, outcome, reason):
+        sink = Sink()
+        observed = observer.observe(sink, (1, 2), None, "")
+        observer.accepted(observed)
+        if started:
+            observed.started()
+            observed.token(Token(5, 0.0))
+        observed.fail(error)
+        assert sink.calls[-1] is error and observer.load()["base", "0"] == (0, 0)
+        assert self.values(observer, "lora_requests_total") == {("base", "0", outcome, reason): 1}
+        assert self.values(observer, "lora_request_duration_seconds") == {}
+        (line,) = self.lines(observer, path)
+        assert (line["outcome"], line["reason"], line["error"], line["completion_tokens"]) == (outcome, reason, "x", int(started))
+        assert ("ttft_ms" in line) == ("queue_ms" in line) == started
+
+    def test_a_request_that_the_engine_refuses_is_not_accepted(self, observer, path):
+        observer.observe(Sink(), (1,), SQL, "id").refused(Unavailable("full", 1, "queue_full"))
+        assert self.values(observer, "lora_requests_total") == {(*SQL_LABELS, "refused", "queue_full"): 1}
+        assert SQL_LABELS not in self.values(observer, "lora_requests_accepted_total")
+        assert observer.waiting_adapters() == set() and self.lines(observer, path)[0]["outcome"] == "refused"
+
+    def test_what_is_refused_early_is_counted_without_a_name_from_outside(self, observer, path):
+        observer.refusals.record(InvalidRequest({"seed": "is bad"}), "id")
+        observer.refusals.record(UnicodeDecodeError("utf-8", b"secret", 0, 1, "secret"), "id")
+        assert self.values(observer, "lora_requests_total") == {
+            ("unknown", "", "refused", "invalid"): 1,
+            ("unknown", "", "refused", "internal"): 1,
+        }
+        first, second = self.lines(observer, path)
+        assert first["error"] == "seed: is bad" and second["error"] == "UnicodeDecodeError"
+
+    def test_the_prompt_is_in_the_log_only_where_that_is_asked_for(self, path):
+        observer = Observer(Registry(), RequestLog(str(path)), 100, lambda ids: f"text of {ids}")
+        observer.observe(Sink(), (1, 2), None, "").fail(Cancelled("x"))
+        assert self.lines(observer, path)[0]["prompt"] == "text of (1, 2)"
+
+
+class TestRequestLog:
+    def test_lines_of_many_threads_stay_whole(self, tmp_path):
+        path = tmp_path / "log"
+        logs = [RequestLog(str(path)), RequestLog(str(path))]
+        threads = [
+            threading.Thread(target=lambda log=log: [log.write(lambda: {"text": "é" * 200}) for _ in range(200)]) for log in logs * 2
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for log in logs:
+            log.close()
+        assert [json.loads(line) for line in path.read_text().splitlines()] == [{"text": "é" * 200}] * 800
+
+    def test_it_never_waits_for_a_writer_that_is_stuck(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(request_log, "MAX_WAITING_LINES", 10)
+        log, stuck = RequestLog(str(tmp_path / "log")), threading.Event()
+        log.write(lambda: stuck.wait() and {})
+        started = time.monotonic()
+        for _ in range(50):
+            log.write(dict)
+        assert time.monotonic() - started < 1 and log.dropped >= 39
+        stuck.set()
+        log.close()
+
+    def test_a_line_that_cannot_be_made_costs_only_itself(self, tmp_path):
+        log = RequestLog(str(tmp_path / "log"))
+        log.write(lambda: {"bad": object()})
+        log.write(lambda: {"good": 1})
+        log.close()
+        assert (tmp_path / "log").read_text() == '{"good": 1}\n' and log.dropped == 1
+
+    def test_standard_output(self, capsys):
+        log = RequestLog(request_log.STDOUT)
+        log.write(lambda: {"a": 1})
+        log.close()
+        assert capsys.readouterr().out == '{"a": 1}\n'
+
+    def test_a_file_that_cannot_be_opened_is_told_with_its_setting(self, tmp_path):
+        with pytest.raises(SetupError, match="REQUEST_LOG: can't write .*no/log"):
+            RequestLog(str(tmp_path / "no" / "log"))
+
+    def test_a_closed_log_takes_no_more(self, tmp_path):
+        log = RequestLog(str(tmp_path / "log"))
+        log.close()
+        log.write(dict)
+        assert (tmp_path / "log").read_text() == ""
