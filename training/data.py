@@ -17,20 +17,11 @@ import numpy as np
 
 from jaxlora.errors import InvalidRequest
 from jaxlora.text import Tokenizer
-from training.method import Example
+from training.method import Example, Question
 from training.records import BadLine, Record, TooLong, text_of
 
 FORMS = '{"messages"}, {"prompt", "completion"} or {"text"}'
 Messages = list[dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """A prompt with the answer that the data gives: what task metrics compare with."""
-
-    line: int
-    prompt: tuple[int, ...]
-    answer: str
 
 
 @dataclasses.dataclass(frozen=True)

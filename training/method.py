@@ -35,6 +35,15 @@ class Example:
         return sum(len(array) for name, array in self.arrays.items() if array.ndim == 1 and not name.endswith(("mask", "segments")))
 
 
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A prompt as token ids with the answer that the data gives: what task metrics compare with."""
+
+    line: int
+    prompt: tuple[int, ...]
+    answer: str
+
+
 class Source(Protocol):
     """The data of a run, as a function of the step: the position in the data is one number."""
 
@@ -65,12 +74,13 @@ class Method:
     """One training method, ready to run.
 
     `reference` says which model `Loss.reference` is: `start` (the adapter that the run started from; the base model for a new one) or
-    `base`. `facts` go into the config hash and the provenance: what defines the method beside the options.
+    `base`. `questions` are held out, too: task metrics judge the answers to them. `facts` go into the config hash and the provenance: what defines the method beside the options.
     """
 
     name: str
     loss: Loss
     source: Source
     held_out: HeldOut | None = None
+    questions: Sequence[Question] = ()
     reference: str = "start"
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)

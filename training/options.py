@@ -64,6 +64,7 @@ class Options:
     seed: int = option(0, "of initialisation, data order and noise", low=0)
 
     eval_every: int | None = option(None, "steps between evaluations; default: once an epoch", low=1)
+    eval_first: bool = option(False, "evaluate before the first step as well")
     early_stop: int = option(0, "stop after so many evaluations without a better eval_loss, and keep the best adapter; 0: never", low=0)
     metric: tuple[str, ...] = option((), "task metric on held-out answers: exact_match, json_valid, slot_f1, bleu, or module:function", free=True)
     eval_samples: int = option(100, "held-out lines that are answered for --metric", free=True, low=1)

@@ -56,7 +56,7 @@ class Rewards:
         functions, problems = {}, []
         for spec in specs:
             try:
-                function = _find(spec)
+                function = find_function(spec, "--reward")
                 name = spec.rpartition(":")[2]
                 functions[name if name not in functions else spec] = function
             except SetupError as error:
@@ -123,15 +123,16 @@ def _accepted(function: RewardFunction) -> frozenset[str] | None:
     return frozenset(parameter.name for parameter in parameters)
 
 
-def _find(spec: str) -> RewardFunction:
+def find_function(spec: str, option: str) -> Callable[..., Any]:
+    """The function that `file.py:function` or `package.module:function` names. Raises SetupError under the name of the option."""
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
-        raise SetupError(f"--reward: {spec!r} is not of the form file.py:function")
+        raise SetupError(f"{option}: {spec!r} is not of the form file.py:function")
     module = _from_file(place) if place.endswith(".py") else _from_package(place)
     function = getattr(module, name, None)
     if not callable(function):
         here = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_"))
-        raise SetupError(f"--reward: {place} has no function {name!r}; it has: {', '.join(here) or 'none'}")
+        raise SetupError(f"{option}: {place} has no function {name!r}; it has: {', '.join(here) or 'none'}")
     return function
 
 

@@ -14,6 +14,7 @@ from jaxlora.errors import AdapterNotFound, ServingError, SetupError
 from jaxlora.files import replace
 from jaxlora.lora import Adapter
 from training import stored
+from training.answers import TaskScores, find_metrics
 from training.gates import Condition, refusal_unless_better
 from training.lora_init import to_peft
 from training.method import Method
@@ -55,9 +56,13 @@ def _run(script: str, options: Options, build: Build) -> int:
     method = build(task)
     if (conditions or options.publish_if_better or options.early_stop) and method.held_out is None:
         raise SetupError("--publish-if, --publish-if-better and --early-stop compare scores on held-out data: give --eval-data or --eval-share")
+    metrics = find_metrics(options.metric)
+    if metrics and not method.questions:
+        raise SetupError("--metric judges answers to held-out prompts: give --eval-data or --eval-share, with data that has prompts")
     folder = RunFolder(options.run or pathlib.Path("runs", name.user, name.adapter, script))
     with folder.held(run_config(task, method, script), options.restart):
-        trainer = Trainer(options, task.base.config, task.weights, method, task.start, folder, say)
+        task_scores = TaskScores(task, method.questions, metrics) if metrics else None
+        trainer = Trainer(options, task.base.config, task.weights, method, task.start, folder, say, task_scores or (lambda adapter: {}))
         say(f"{trainer.total_steps} steps of {options.batch_size} examples, in {folder.path}")
         outcome = trainer.run()
         mark = _mark(folder)

@@ -23,9 +23,11 @@ class SftOptions(Options):
 
 def build(task: Task) -> Method:
     """The method for a task. Raises SetupError for data that can't be used."""
-    examples, held_out = task.examples(task.encoder.example)
-    source = task.batches(examples, task.options.max_length if task.options.packing else None)
-    return Method("sft", sft, source, task.held_out(held_out))
+    encoder = task.encoder
+    learned, held_out = task.examples(lambda record: (encoder.example(record), encoder.question(record)))
+    source = task.batches([example for example, _ in learned], task.options.max_length if task.options.packing else None)
+    questions = [question for _, question in held_out if question is not None]
+    return Method("sft", sft, source, task.held_out([example for example, _ in held_out]), questions)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

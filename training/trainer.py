@@ -53,12 +53,28 @@ class Outcome:
 
 
 @dataclasses.dataclass
-class _Best:
-    """The best evaluation so far, for early stopping."""
+class _Position:
+    """Where a run stands: everything that the rest of it depends on, besides its configuration. `best` is the adapter of the best evaluation so
+    far, `worse` counts the evaluations since."""
 
-    score: float = math.inf
-    step: int = 0
+    done: int
+    state: State
+    best: Adapter
+    best_score: float = math.inf
+    best_step: int = 0
+    best_scores: dict[str, float] = dataclasses.field(default_factory=dict)
     worse: int = 0
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    ended: bool = False
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        return {"state": self.state, "best": self.best}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The rest of it, as JSON holds it."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("state", "best")}
 
 
 class Trainer:
@@ -99,6 +115,7 @@ class Trainer:
         self._start = start
         self._reference = self._everywhere(start) if method.reference == "start" else None
         self._key = self._everywhere(jax.random.key(options.seed))
+        self._checkpoints = Checkpoints(folder.checkpoints, options.keep_checkpoints, lambda line: self._say(line))
         self._saved_at = (0, time.monotonic())
         self._signal: int | None = None
 
@@ -109,56 +126,59 @@ class Trainer:
             Interrupted: SIGTERM or SIGINT; the state is saved.
             TrainingStopped: the loss is not a number.
         """
-        checkpoints = Checkpoints(self._folder.checkpoints, self._options.keep_checkpoints, self._say)
-        # A copy: the first step gives its state away, and the start may be the reference.
-        state = new_state(jax.tree.map(jnp.copy, self._start), self._optimizer, FIRST_SCALE if self._options.dtype == "float16" else 1.0)
-        saved = checkpoints.load({"state": state, "best": state.adapter})
-        best, scores, best_adapter = _Best(), {}, jax.device_get(state.adapter)
-        if saved:
-            state, best_adapter = saved.state["state"], saved.state["best"]
-            best, scores = _Best(**saved.facts["best"]), saved.facts["scores"]
-            self._say(f"going on from step {saved.step} of {self.total_steps}")
-        first = saved.step if saved else 0
-        self._folder.forget_after(first)
-        state = self._everywhere(state)
-        self._saved_at = (first, time.monotonic())
-        ended = saved is not None and saved.facts["ended"]
-
-        def save(step: int, ended: bool = False) -> None:
-            facts = {"best": dataclasses.asdict(best), "scores": dict(scores), "ended": ended, "seed": self._options.seed}
-            checkpoints.save(step, {"state": state, "best": best_adapter}, facts)
-            self._saved_at = (step, time.monotonic())
-
-        with Display(self.total_steps, first, self._folder.path) as display, self._signals():
+        at = self._position()
+        self._folder.forget_after(at.done)
+        with Display(self.total_steps, at.done, self._folder.path) as display, self._signals():
             self._say = display.say
-            done = first
-            while done < self.total_steps and not ended:
-                state, entry = self._one_step(done, state)
-                done += 1
-                last = done == self.total_steps
-                if last or done % self._options.log_every == 0:
+            if at.done == 0 and self._options.eval_first:
+                self._judge(at, display)
+            while not at.ended:
+                at.state, entry = self._one_step(at.done, at.state)
+                at.done += 1
+                at.ended = at.done == self.total_steps
+                if at.ended or at.done % self._options.log_every == 0:
                     self._folder.log(entry)
                 display.step(entry)
-                if self._method.held_out is not None and (last or done % self._eval_every == 0):
-                    scores = self.evaluate(state.adapter, self._method.held_out)
-                    self._folder.log({"step": done, **scores})
-                    display.scores({"step": done, **scores})
-                    if scores["eval_loss"] < best.score:
-                        best, best_adapter = _Best(scores["eval_loss"], done), jax.device_get(state.adapter)
-                    else:
-                        best.worse += 1
-                    ended = bool(self._options.early_stop) and best.worse >= self._options.early_stop
-                ended = ended or last
-                if ended or self._signal or self._is_time_to_save(done):
-                    save(done, ended)
-                if self._signal and not ended:
-                    raise Interrupted(self._signal, done)
+                if at.ended or at.done % self._eval_every == 0:
+                    self._judge(at, display)
+                if at.ended or self._signal or self._is_time_to_save(at.done):
+                    self._checkpoints.save(at.done, at.arrays, at.facts)
+                    self._saved_at = (at.done, time.monotonic())
+                if self._signal and not at.ended:
+                    raise Interrupted(self._signal, at.done)
         draw(self._folder.metrics(), self._folder.path / "loss.png")
-        if self._options.early_stop and best.step:
-            done, state = best.step, state.replace(adapter=best_adapter)
-            scores = next(entry for entry in reversed(self._folder.metrics()) if entry["step"] == done and "eval_loss" in entry)
-            scores = {name: value for name, value in scores.items() if name != "step"}
-        return Outcome(state.adapter, done, scores)
+        if self._options.early_stop:
+            return Outcome(at.best, at.best_step, at.best_scores)
+        return Outcome(at.state.adapter, at.done, at.scores)
+
+    def _position(self) -> _Position:
+        """The newest checkpoint, or the start."""
+        # A copy: the first step gives its state away, and the start may be the reference.
+        state = new_state(jax.tree.map(jnp.copy, self._start), self._optimizer, FIRST_SCALE if self._options.dtype == "float16" else 1.0)
+        at = _Position(0, state, jax.device_get(self._start))
+        saved = self._checkpoints.load(at.arrays)
+        if saved:
+            at = _Position(**saved.state, **saved.facts)
+            self._say(f"going on from step {at.done} of {self.total_steps}")
+        at.state = self._everywhere(at.state)
+        self._saved_at = (at.done, time.monotonic())
+        return at
+
+    def _judge(self, at: _Position, display: Display) -> None:
+        """Evaluates, and decides on stopping early."""
+        if self._method.held_out is None:
+            return
+        at.scores = self.evaluate(at.state.adapter, self._method.held_out)
+        entry = {"step": at.done, **at.scores}
+        self._folder.log(entry)
+        display.scores(entry)
+        if at.scores["eval_loss"] < at.best_score:
+            at.best, at.best_score, at.best_step = jax.device_get(at.state.adapter), at.scores["eval_loss"], at.done
+            at.best_scores, at.worse = at.scores, 0
+        else:
+            at.worse += 1
+        if self._options.early_stop and at.worse >= self._options.early_stop:
+            at.ended = True
 
     def evaluate(self, adapter: Adapter | None, held_out: HeldOut) -> dict[str, float]:
         """`eval_loss`, `eval_<metric>` of the loss, and the further scores, of an adapter (None: the base model)."""
