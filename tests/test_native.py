@@ -269,12 +269,36 @@ def test_argmax_takes_the_first_of_equals(kernels: native.Kernels) -> None:
     assert kernels.argmax_logsumexp(logits)[0].tolist() == [0, 5, 38]
 
 
+# huge pages
+
+
+@pytest.mark.parametrize("size", [0, 10, 3 << 20])
+def test_huge_pages_change_neither_values_nor_addresses(size: int) -> None:
+    array = jnp.arange(size)
+    where = array.unsafe_buffer_pointer()
+    assert 0 <= native.use_huge_pages([array]) <= array.nbytes
+    assert array.unsafe_buffer_pointer() == where and (array == np.arange(size)).all()
+
+
 # build and load
 
 
 def test_a_second_build_takes_the_library_that_is_there(kernels: native.Kernels, build_dir: pathlib.Path) -> None:
     assert build.library(build_dir) == kernels.path
-    assert [path.name for path in build_dir.iterdir()] == [kernels.path.name]
+    assert [path.name for path in build_dir.iterdir() if path.suffix != ".checked"] == [kernels.path.name]
+
+
+def test_a_library_that_computes_something_wrong_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, kernels: native.Kernels, build_dir: pathlib.Path
+) -> None:
+    for path in build_dir.glob("*.checked"):
+        path.unlink()
+    monkeypatch.setattr(native.Kernels, "linear", staticmethod(lambda x, w: jnp.zeros((len(x), w.n))))
+    assert native.load(build_dir, kernels.isa) == f"the compiled library for {kernels.isa} gives wrong results: " + (
+        "linear in float32, linear in bfloat16"
+    )
+    monkeypatch.undo()
+    assert native.load(build_dir, kernels.isa) == kernels
 
 
 @pytest.mark.parametrize(
@@ -289,7 +313,7 @@ def test_a_second_build_takes_the_library_that_is_there(kernels: native.Kernels,
 def test_without_a_compiler_there_is_a_reason_instead(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, environment: dict[str, str], reason: str
 ) -> None:
-    monkeypatch.setattr(native.kernels, "_loaded", [])
+    monkeypatch.setattr(native.loading, "_loaded", [])
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     got = native.load(tmp_path)

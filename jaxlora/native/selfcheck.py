@@ -1,0 +1,58 @@
+"""One small run of every kernel against its twin, after a build: a compiler that gets vector code wrong (GCC 12 does for some forms of
+the attention kernel) must cost speed and not answers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.native.kernels import Kernels, LoraModule
+from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_linear, twin_lora
+
+
+def wrong_results(kernels: Kernels) -> list[str]:
+    """Names of the kernels whose results differ from their twins by more than rounding. Takes a second or two, most of it XLA's."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return [name for name, check in _CHECKS.items() if not check(kernels)]
+
+
+def _normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
+
+
+def _close(got: object, want: object) -> bool:
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    return all(np.allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-3, atol=1e-3) for a, b in pairs)
+
+
+def _linear(dtype: str, kernels: Kernels) -> bool:
+    w = jnp.asarray(_normal(75, 70), dtype)
+    x = _normal(17, 75).astype(jnp.bfloat16).astype(np.float32)  # exact in either type
+    return _close(kernels.linear(x, kernels.pack_linear(w)), twin_linear(x, w))
+
+
+def _attention(dtype: str, kernels: Kernels) -> bool:
+    caches = [jnp.asarray(_normal(2, 2, 200, 64) + i, dtype) for i in range(2)]
+    new = _normal(2, 20, 6, 64), _normal(2, 20, 2, 64), _normal(2, 20, 2, 64) * 2
+    rest = jnp.int32([150, 0]), jnp.int32([20, 1]), jnp.int32([1, 0])
+    return _close(*(attention(*new, *caches, *rest, scale=0.125, window=60) for attention in (kernels.attention, twin_attention)))
+
+
+def _lora(dtype: str, kernels: Kernels) -> bool:
+    options = dict(modules=(LoraModule(0, 16 * 70, 3, 90),), max_rank=16)
+    arguments = _normal(7, 100), _normal(7, 70), jnp.asarray(_normal(2, 16 * 160), dtype), jnp.int32([1, 0, 1, -1, 1, 1, 1]), jnp.int32([16, 5])
+    return _close(kernels.lora(*arguments, **options), twin_lora(jnp.asarray(arguments[0]), *arguments[1:], **options))
+
+
+def _summary(kernels: Kernels) -> bool:
+    logits = _normal(3, 1000) * 10
+    return _close(kernels.argmax_logsumexp(logits), twin_argmax_logsumexp(logits))
+
+
+_CHECKS = {
+    f"{name} in {dtype}": functools.partial(check, dtype)
+    for name, check in (("linear", _linear), ("attention", _attention), ("lora", _lora))
+    for dtype in ("float32", "bfloat16")
+} | {"argmax_logsumexp": _summary}
