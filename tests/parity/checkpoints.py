@@ -45,6 +45,18 @@ _COMMON: dict[str, Any] = {
 # base are far from their defaults somewhere, so that ignoring one shows.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {**_COMMON, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_theta": 10000.0},
+    # The layers of SmolLM2-135M, the default model: sizes that no tile of a kernel divides evenly, three query heads to a key.
+    "llama-smollm2": {
+        **_COMMON,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+        "rope_theta": 100000.0,
+    },
     "llama-llama3": {
         **_COMMON,
         "architectures": ["LlamaForCausalLM"],
