@@ -27,11 +27,16 @@ _FIELD = re.compile(rf"(?:^|; )({'|'.join(sorted({*FIELDS, 'input_ids', 'query'}
 _TIMEOUT = re.compile(r"the request's time-out of |no slot came free in ")
 _RETRY = re.compile(r"(.*); try again in ([0-9.e+-]+) s", re.DOTALL)
 _MISSING_MODEL = re.compile(r"Request for unknown model: |.* has no available versions|.* is not ready")
+_RESTRICTED = re.compile(r"This protocol is restricted, expecting header ")
 _LOAD_REASON = re.compile(r".*?\bTritonModelException: (.*?)(?:\n+At:\n.*)?", re.DOTALL)
 
 
 class ServerUnreachable(Unavailable):
     """No server answers at the address, or the connection to it was lost."""
+
+
+class AccessDenied(ServingError):
+    """The server asks for a key that the call did not carry."""
 
 
 def from_text(text: str) -> ServingError:
@@ -53,6 +58,8 @@ def from_rpc(error: grpc.RpcError, url: str) -> ServingError:
         return Cancelled("cancelled by the client")
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return RequestTimeout(f"no answer from {url} within the request's time-out")
+    if _RESTRICTED.match(details):
+        return AccessDenied(f"{url} wants its key for that: set ADMIN_KEY to the one that the server was started with")
     if code == grpc.StatusCode.UNAVAILABLE and not _MISSING_MODEL.match(details):
         return ServerUnreachable(f"no server answers at {url} (is it running? `make serve` starts one)")
     return from_text(details or str(code))

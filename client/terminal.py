@@ -10,6 +10,7 @@ from client import wire
 from client.interface import LanguageModel
 from client.remote import Client
 from jaxlora.errors import ServingError, SetupError
+from server import access
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -59,7 +60,7 @@ def connect(arguments: argparse.Namespace) -> LanguageModel:
         from client.local import LocalClient
 
         return LocalClient(progress=lambda line: print(line, file=sys.stderr, flush=True))
-    return Client(arguments.url)
+    return Client(arguments.url, headers=access.grpc_headers())
 
 
 def run(command: Callable[[], int | None]) -> int:

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Mapping
 
 from jaxlora.settings import Settings
-from server import installation, repository
+from server import access, installation, repository
 
 EXIT_TIMEOUT_S = 10
 """How long the server may take to finish what is in flight when it is told to stop."""
@@ -214,6 +214,7 @@ class TritonServer:
             f"--grpc-port={settings.grpc_port}",
             f"--metrics-address={settings.host}",
             f"--metrics-port={settings.metrics_port}",
+            *access.arguments(settings.admin_key),
         ]
         if found.backend_directory is not None:
             command.append(f"--backend-directory={found.backend_directory}")
@@ -221,6 +222,7 @@ class TritonServer:
 
     def _environment(self, found: installation.Installation) -> dict[str, str]:
         environment = {**self._environ, **self.settings.environment()}
+        environment.pop("AIP_MODE", None)  # it would open Vertex AI's routes, which ask for no key
         before = {
             "PATH": [pathlib.Path(sys.prefix, "bin")],  # the Python backend takes its packages from the first python3 there
             # For stubs that read it. Those of the wheel are isolated from the environment, and find the project as their working folder.

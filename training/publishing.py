@@ -19,6 +19,7 @@ from jaxlora.adapters import AdapterName, publish
 from jaxlora.adapters.store import version_path
 from jaxlora.errors import AdapterInvalid, AdapterNotFound
 from jaxlora.files import sync_folder
+from server import access
 from training import stored
 
 RUN = "run"  # the key of the provenance file that carries the run's mark
@@ -59,7 +60,7 @@ def publish_and_verify(
         ServingError: the server failed otherwise. The version stays in the store.
         OSError: the store can't be written.
     """
-    with Client(url) as client:
+    with Client(url, headers=access.grpc_headers()) as client:
         version = find_published(folder, name, store, run)
         try:
             if version is None:
