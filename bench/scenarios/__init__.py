@@ -1,0 +1,20 @@
+"""What a table of streams does not show: many adapters, publishing, starting, repeated prompts, the wire, training.
+
+A scenario is a function from a `Context` to `{"title", "columns", "rows", "note"}` for the report, with its numbers beside.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from bench.scenarios import prefix, publishing, starts, wire, zipf
+from bench.scenarios.context import Context
+
+SCENARIOS: dict[str, Callable[[Context], dict[str, Any]]] = {
+    "wire": wire.measure,
+    "zipf": zipf.measure,
+    "publish": publishing.measure,
+    "starts": starts.measure,
+    "prefix": prefix.measure,
+}
+
+__all__ = ["SCENARIOS", "Context"]

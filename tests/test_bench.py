@@ -1,0 +1,148 @@
+"""The benchmark's other parts: the talk with a driver, prompts, Zipf draws, the report."""
+
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from bench import processes, report
+from bench.worker import Answer, DriverFailed, Request, Unsupported, Worker
+from bench.workloads import Prompts, Row, rows, zipf
+from jaxlora.text import Tokenizer
+from server.repository import PROJECT
+
+DRIVER = """
+import sys
+from bench.worker import Answer, Unsupported, serve
+class Driver:
+    def start(self, setup):
+        print("a library prints")
+        return {"versions": {"it": setup["version"]}}
+    def run(self, requests, concurrency):
+        return [Answer(0.5, [(1.0, 1)], request.answer, request.prompt) for request in requests]
+    def refuse(self):
+        raise Unsupported("it has no adapters")
+    def fail(self):
+        raise KeyError("what")
+    def leave(self):
+        sys.exit(3)
+    def stop(self):
+        print("stopped")
+serve(Driver())
+"""
+
+
+@pytest.fixture
+def worker(tmp_path):
+    (tmp_path / "driver_for_test.py").write_text(DRIVER)
+    path = os.pathsep.join([str(tmp_path), str(PROJECT)])
+    worker = Worker("test", sys.executable, "driver_for_test", tmp_path / "log", PROJECT, {"PYTHONPATH": path})
+    yield worker
+    worker.stop()
+
+
+def test_a_driver_answers_though_its_libraries_print(worker):
+    assert worker.start({"version": "1"}) == {"versions": {"it": "1"}}
+    assert worker.run([Request([4, 5], "a b", 7)], 1) == [Answer(0.5, [[1.0, 1]], 7, [4, 5])]
+
+
+def test_a_driver_says_what_it_cannot_do_and_goes_on(worker):
+    with pytest.raises(Unsupported, match="it has no adapters"):
+        worker.call("refuse")
+    with pytest.raises(DriverFailed, match="KeyError"):
+        worker.call("fail")
+    assert worker.start({"version": "2"})["versions"] == {"it": "2"}
+
+
+def test_a_driver_that_ends_is_told_from_one_that_answers(worker):
+    with pytest.raises(DriverFailed, match="ended"):
+        worker.call("leave")
+
+
+def test_a_driver_stops_what_it_started_when_it_is_stopped(worker):
+    worker.start({"version": "1"})
+    worker.stop()
+    assert worker.log_path.read_text().endswith("stopped\n")
+
+
+def test_processes_are_counted_with_their_descendants(worker):
+    worker.start({"version": "1"})
+    assert processes.tree(os.getpid()).count(worker.pid) == 1
+    assert 1 << 20 < processes.memory_bytes(worker.pid) < 1 << 30
+    assert processes.cpu_seconds(os.getpid()) >= processes.cpu_seconds(worker.pid) > 0
+
+
+def test_prompts_have_their_length_as_text_and_as_ids_and_never_come_twice(default_model):
+    tokenizer = Tokenizer.from_folder(default_model)
+    prompts = Prompts(tokenizer)
+    requests = [request for repetition in range(3) for request in prompts.requests(Row(64, 8, 16, "mixed"), ["a", "b"], repetition)]
+    assert all(len(request.prompt) == 64 and tokenizer.encode(request.text) == request.prompt for request in requests)
+    assert len({tuple(request.prompt) for request in requests}) == len(requests)
+    assert [request.adapter for request in requests[:4]] == ["a", "b", "a", "b"]
+    assert prompts.make(64, 1, 2) == prompts.make(64, 1, 2)
+
+
+def test_one_stream_does_not_mix_adapters():
+    assert [str(row) for row in rows([(64, 8)], [1, 4], ["base", "mixed"])] == [
+        "64/8, 1 stream, base model", "64/8, 4 streams, base model", "64/8, 4 streams, 16 adapters",
+    ]  # fmt: skip
+
+
+def test_zipf_draws_follow_the_law():
+    drawn = zipf([str(index) for index in range(100)], 20_000, seed=1)
+    counts = np.array([drawn.count(str(index)) for index in range(4)])
+    assert counts / counts[0] == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4], rel=0.15)
+    assert zipf(["a"], 3, seed=1) == ["a", "a", "a"]
+
+
+def spread(value):
+    return {"median": value, "low": value, "high": value}
+
+
+def numbers(decode, together=True):
+    speeds = {name: spread(decode) for name in ("decode", "output", "prefill")}
+    turns = [{"decode": decode, "output": decode, "prefill": decode}] * 3
+    times = {"ttft_ms": {"mean": 1.0, "p95": 2.0}, "tpot_ms": {"p50": 3.0, "p99": 4.0}}
+    return {**speeds, **times, "together": together, "turns": turns, "memory_bytes": 1 << 20, "elsewhere": 0.0}
+
+
+RESULTS = {
+    "when": "now", "command": "", "commit": "abc", "model": "m", "weights_per_token": 1_000_000,
+    "machine": {"cpu": "CPU", "cores": 2, "features": ["avx2"], "memory_bytes": 1 << 30, "system": "Linux"},
+    "limits": {"read_bytes_per_s": 4e8, "gemm": {"float32": {"numpy": 1e11}, "bfloat16": {}}},
+    "precisions": {
+        "float32": {
+            "systems": {
+                "engine": {"versions": {"jax": "1"}, "start_s": 2.0}, "llama": {"versions": {"llama.cpp": "2"}, "start_s": 1.0},
+                "vllm": {"missing": "not installed"}, "peft": {"versions": {}, "start_s": 1.0},
+            },
+            "rows": [{**Row(64, 8, 4, "mixed").__dict__, "systems": {"engine": numbers(200.0), "llama": numbers(50.0, False), "peft": {"cannot": "no"}}}],
+        }
+    },
+    "scenarios": {"x": {"title": "Something else", "columns": ["", "n"], "rows": [["one", 2]]}},
+}  # fmt: skip
+
+
+def test_the_report_shows_speeds_ratios_and_what_is_not_there(tmp_path):
+    report.write(tmp_path, RESULTS)
+    assert json.loads((tmp_path / "results.json").read_text()) == RESULTS
+    text = (tmp_path / "results.md").read_text()
+    assert "| 64/8, 4 streams, 16 adapters | 200 (200 to 200) | 50.0 (50.0 to 50.0) \\* |  | can't |" in text
+    assert "| 64/8, 4 streams, 16 adapters | 4.00 (4.00 to 4.00) |  |  | 4.00 |" in text
+    assert "vLLM: not installed" in text and "at most 100 tokens/s" in text and "| one | 2 |" in text
+    assert "not to be relied on" not in text
+
+
+def test_the_report_warns_of_a_busy_machine():
+    busy = json.loads(json.dumps(RESULTS))
+    busy["precisions"]["float32"]["rows"][0]["systems"]["engine"]["elsewhere"] = 0.3
+    assert "up to 30%" in report.markdown(busy) and "not to be relied on" in report.markdown(busy)
+
+
+def test_a_speed_that_was_not_measured_leaves_its_cell_empty():
+    found = json.loads(json.dumps(RESULTS))
+    found["precisions"]["float32"]["rows"][0]["systems"]["engine"]["decode"] = spread(math.nan)
+    assert "nan" not in report.markdown(found)
