@@ -3,6 +3,7 @@
 Loads the base model and compiles for it, as a server does when it starts.
 """
 
+import dataclasses
 import os
 import pathlib
 import queue
@@ -18,6 +19,7 @@ from jaxlora.errors import AdapterInvalid, Cancelled, ServingError, Unavailable
 from jaxlora.peft import Limits
 from jaxlora.service.answers import Ending, Piece
 from jaxlora.service.fields import merge_fields
+from jaxlora.service.request_log import NONE, STDOUT
 from jaxlora.service.service import LoraService
 from jaxlora.settings import Settings
 from server import repository
@@ -45,6 +47,8 @@ class LocalClient(LanguageModel):
         progress: Callable[[str], None] = lambda line: None,
     ):
         self._settings = settings or Settings.read(parameters=repository.parameters(repository.REPOSITORY))
+        if self._settings.request_log == STDOUT:  # which belongs to the program here
+            self._settings = dataclasses.replace(self._settings, request_log=NONE)
         self._store = pathlib.Path(store or repository.REPOSITORY / repository.STORE)
         self._folder = tempfile.TemporaryDirectory(prefix="jaxlora-")
         self._path = pathlib.Path(self._folder.name, "catalogue.json")
