@@ -84,10 +84,11 @@ def processes(group: int | None = None, parent: int | None = None) -> dict[int, 
 
 
 class Http:
-    """The server's HTTP endpoints, with the names and shapes that `curl` users send."""
+    """The server's HTTP endpoints, with the names and shapes that `curl` users send. `headers` go with every call."""
 
-    def __init__(self, server: TritonServer):
+    def __init__(self, server: TritonServer, headers: Mapping[str, str] | None = None):
         self.url = server.http_url
+        self._headers = dict(headers or {})
 
     def generate(self, model: str = "llm", **fields: Any) -> dict[str, Any]:
         """`POST /v2/models/M/generate`: the one response."""
@@ -115,7 +116,7 @@ class Http:
     def _post(self, path: str, body: Mapping[str, Any] | bytes) -> Any:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         try:
-            return urllib.request.urlopen(urllib.request.Request(self.url + path, data), timeout=ANSWER_TIMEOUT_S)
+            return urllib.request.urlopen(urllib.request.Request(self.url + path, data, self._headers), timeout=ANSWER_TIMEOUT_S)
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace").removeprefix("data: ")
             try:
