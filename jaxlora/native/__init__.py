@@ -1,9 +1,8 @@
-"""Kernels for CPUs behind `jax.ffi`: products with packed weights, attention over a cache, low-rank updates by adapter, greedy choice.
+"""Kernels for CPUs behind `jax.ffi`: products with packed weights, attention over a cache, LoRA by adapter, greedy choice.
 
 Contract
-- `load(build_dir)` gives `Kernels`, or one line that says why there are none: no compiler, another machine, a CPU without AVX2, a build
-  that gives wrong results.
-  Nothing else here compiles or loads anything. The twins do the same in plain JAX, everywhere.
+- `load(build_dir)` gives `Kernels`, or one line that says why there are none: no compiler, another machine, a CPU without AVX2,
+  a build that gives wrong results. Nothing else here compiles or loads anything. The twins do the same in plain JAX, everywhere.
 - A row's result is the same bit for bit whatever the number of rows, its place among them, the other rows, the chunk a token came
   in, and the number of threads. It differs between instruction sets and from the twins, within rounding.
 - What is updated (caches, y) is updated in place: donate it, or let it be a value that nothing else uses.
@@ -20,6 +19,14 @@ from jaxlora.native.pages import use_huge_pages
 from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_linear, twin_lora
 
 __all__ = [
-    "Kernels", "LoraModule", "Packed", "load", "pack_linear", "twin_argmax_logsumexp", "twin_attention", "twin_linear", "twin_lora",
+    "Kernels",
+    "LoraModule",
+    "Packed",
+    "load",
+    "pack_linear",
+    "twin_argmax_logsumexp",
+    "twin_attention",
+    "twin_linear",
+    "twin_lora",
     "use_huge_pages",
 ]

@@ -1,4 +1,4 @@
-"""Times the kernels beside plain XLA at the sizes of SmolLM2-135M: `python -m jaxlora.native.bench [linear|attention|lora|step] ...`.
+"""Times the kernels beside plain XLA at the sizes of SmolLM2-135M: `python -m jaxlora.native.bench [linear|step|...]`.
 
 Weights are random and as many as the model's layers, so that each is read from memory and not from a cache. Times are medians of
 repetitions that alternate between the variants, with the fastest and the slowest beside them.
@@ -70,8 +70,10 @@ def bench_linear(kernels: native.Kernels, repeat: int) -> None:
             for variant, timing in measure(variants, repeat).items():
                 size = 2 if variant == "bfloat16" else 4
                 values = count * shape[0] * shape[1]
-                print(f"{name:8} {rows:4} rows  {variant:12} {timing}  {values * size / timing.median / 1e9:6.1f} GB/s"
-                      f"  {2 * rows * values / timing.median / 1e9:7.1f} GFLOP/s")
+                print(
+                    f"{name:8} {rows:4} rows  {variant:12} {timing}  {values * size / timing.median / 1e9:6.1f} GB/s"
+                    f"  {2 * rows * values / timing.median / 1e9:7.1f} GFLOP/s"
+                )
 
 
 def bench_attention(kernels: native.Kernels, repeat: int) -> None:
@@ -95,8 +97,10 @@ def bench_attention(kernels: native.Kernels, repeat: int) -> None:
             timing = measure({dtype: call}, repeat)[dtype]
             moved = LAYERS * rows * KV * size * HEAD * 2 * (4 if dtype == "float32" else 2)
             flops = LAYERS * rows * HEADS * HEAD * 4 * sum(length + t + 1 for t in range(chunk))
-            print(f"attention {rows:2} rows of {chunk:3} at {length:4} {dtype:9} {timing}  {moved / timing.median / 1e9:6.1f} GB/s"
-                  f"  {flops / timing.median / 1e9:6.1f} GFLOP/s")
+            print(
+                f"attention {rows:2} rows of {chunk:3} at {length:4} {dtype:9} {timing}  {moved / timing.median / 1e9:6.1f} GB/s"
+                f"  {flops / timing.median / 1e9:6.1f} GFLOP/s"
+            )
 
 
 def lora_modules(offset: int, k: int, widths: list[int]) -> tuple[tuple[native.LoraModule, ...], int]:
@@ -111,8 +115,12 @@ def all_modules() -> tuple[list[dict[str, tuple[native.LoraModule, ...]]], int]:
     layers, offset = [], 0
     for _ in range(LAYERS):
         layer = {}
-        for name, k, widths in (("qkv", HIDDEN, [HEADS * HEAD, KV * HEAD, KV * HEAD]), ("o", HIDDEN, [HIDDEN]),
-                                ("gate_up", HIDDEN, [MLP, MLP]), ("down", MLP, [HIDDEN])):
+        for name, k, widths in (
+            ("qkv", HIDDEN, [HEADS * HEAD, KV * HEAD, KV * HEAD]),
+            ("o", HIDDEN, [HIDDEN]),
+            ("gate_up", HIDDEN, [MLP, MLP]),
+            ("down", MLP, [HIDDEN]),
+        ):
             layer[name], offset = lora_modules(offset, k, widths)
         layers.append(layer)
     return layers, offset
@@ -131,12 +139,21 @@ def bench_lora(kernels: native.Kernels, repeat: int) -> None:
                 for name, modules in layer.items():
                     k, n = SHAPES[name]
                     y = jnp.broadcast_to(x[:, :1], (x.shape[0], n))
-                    out.append(kernels.lora(y, wide if k == MLP else x, bank, slots, rank, modules=modules, max_rank=MAX_RANK)[0, 0])
+                    out.append(
+                        kernels.lora(y, wide if k == MLP else x, bank, slots, rank, modules=modules, max_rank=MAX_RANK)[0, 0]
+                    )
             return out
 
-        for name, slots in {"1 row": [0], "16 rows, 16 adapters": range(16), "16 rows, 1 adapter": [3] * 16, "128 rows, 1 adapter": [3] * 128}.items():
+        for name, slots in {
+            "1 row": [0],
+            "16 rows, 16 adapters": range(16),
+            "16 rows, 1 adapter": [3] * 16,
+            "128 rows, 1 adapter": [3] * 128,
+        }.items():
             rows = jnp.array(list(slots), jnp.int32)
-            timing = measure({name: functools.partial(step, normal(len(rows), HIDDEN), normal(len(rows), MLP), rows)}, repeat)[name]
+            timing = measure({name: functools.partial(step, normal(len(rows), HIDDEN), normal(len(rows), MLP), rows)}, repeat)[
+                name
+            ]
             moved = len(set(slots)) * size * (4 if dtype == "float32" else 2)
             print(f"lora {name:22} {dtype:9} {timing}  {moved / timing.median / 1e9:6.1f} GB/s")
 
@@ -151,6 +168,7 @@ def bench_step(kernels: native.Kernels, repeat: int, length: int = 96) -> None:
         embed = jnp.array(normal(VOCABULARY, HIDDEN))
         bank = jnp.array(np.broadcast_to(normal(1, bank_size), (ADAPTERS, bank_size)), dtype)
         norm = jnp.ones(HIDDEN)
+        native.use_huge_pages([w.data for w in [head, *sum(model.values(), [])]] + [bank])
 
         def rms_norm(x):
             return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5) * norm
@@ -174,26 +192,49 @@ def bench_step(kernels: native.Kernels, repeat: int, length: int = 96) -> None:
             for index in range(LAYERS):
                 qkv = linear(index, "qkv", rms_norm(x)).reshape(rows, HEADS + 2 * KV, HEAD)
                 q, k, v = jnp.split(qkv, [HEADS, HEADS + KV], axis=1)
-                y, *pair = kernels.attention(rotate(q, cos, sin)[:, None], rotate(k, cos, sin)[:, None], v[:, None], *caches[index],
-                                             starts, live, places, scale=HEAD**-0.5)
+                y, *pair = kernels.attention(
+                    rotate(q, cos, sin)[:, None],
+                    rotate(k, cos, sin)[:, None],
+                    v[:, None],
+                    *caches[index],
+                    starts,
+                    live,
+                    places,
+                    scale=HEAD**-0.5,
+                )
                 out.append(tuple(pair))
                 x = x + linear(index, "o", y.reshape(rows, HIDDEN))
                 gate, up = jnp.split(linear(index, "gate_up", rms_norm(x)), 2, axis=-1)
                 x = x + linear(index, "down", jax.nn.silu(gate) * up)
-            return jnp.argmax(kernels.linear(rms_norm(x), head), axis=-1).astype(jnp.int32), out
+            return kernels.argmax_logsumexp(kernels.linear(rms_norm(x), head))[0], out
 
         for rows in (1, 4, 16):
-            state = {"caches": [tuple(jnp.array(jnp.zeros((rows, KV, 2 * length, HEAD), dtype)) for _ in range(2)) for _ in range(LAYERS)]}
+            state = {
+                "caches": [
+                    tuple(jnp.array(jnp.zeros((rows, KV, 2 * length, HEAD), dtype)) for _ in range(2)) for _ in range(LAYERS)
+                ]
+            }
 
             def call(adapted):
                 tokens = jnp.zeros(rows, jnp.int32)
-                got, state["caches"] = step(model, head, bank, tokens, state["caches"], jnp.full(rows, length, jnp.int32),
-                                            jnp.arange(rows, dtype=jnp.int32), adapted)
+                got, state["caches"] = step(
+                    model,
+                    head,
+                    bank,
+                    tokens,
+                    state["caches"],
+                    jnp.full(rows, length, jnp.int32),
+                    jnp.arange(rows, dtype=jnp.int32),
+                    adapted,
+                )
                 return got
 
             variants = {"base": functools.partial(call, False), f"{rows} adapters": functools.partial(call, True)}
             for name, timing in measure(variants, repeat).items():
-                print(f"step {dtype:9} {rows:2} rows {name:12} {timing}  {rows / timing.median:6.1f} tokens/s (best {rows / timing.fastest:.1f})")
+                print(
+                    f"step {dtype:9} {rows:2} rows {name:12} {timing}  {rows / timing.median:6.1f} tokens/s"
+                    f" (best {rows / timing.fastest:.1f})"
+                )
 
 
 def main() -> None:

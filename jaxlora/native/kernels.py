@@ -19,7 +19,7 @@ PANEL = 32  # columns of a panel; kPanel in src/kernels.h
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["k", "n"])
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Weights [k, n] as `linear` reads them: float32 [panels, k, 32], or pairs of bfloat16 along k as uint32 [panels, pairs, 32]."""
+    """Weights [k, n] as `linear` reads them: float32 [panels, k, 32], or pairs of bfloat16 as uint32 [panels, pairs of k, 32]."""
 
     data: Array
     k: int
@@ -73,8 +73,17 @@ class Kernels:
 
     @staticmethod
     def attention(
-        q: Array, k_new: Array, v_new: Array, k_cache: Array, v_cache: Array, starts: Array, lengths: Array, slots: Array, *,
-        scale: float, window: int = 0,
+        q: Array,
+        k_new: Array,
+        v_new: Array,
+        k_cache: Array,
+        v_cache: Array,
+        starts: Array,
+        lengths: Array,
+        slots: Array,
+        *,
+        scale: float,
+        window: int = 0,
     ) -> tuple[Array, Array, Array]:
         """Stores the new keys and values, then attends causally over each row's own slot.
 
@@ -108,7 +117,7 @@ class Kernels:
     def lora(
         y: Array, x: Array, bank: Array, row_slot: Array, rank: Array, *, modules: tuple[LoraModule, ...], max_rank: int
     ) -> Array:
-        """y [m, n] with each row's low-rank update (x A^T) B added, for all modules that read the same x. In place where it can be.
+        """y [m, n] with each row's low-rank update (x A^T) B added, for all modules that read the same x. In place if donated.
 
         Arguments:
             y: float32 [m, n].
@@ -122,13 +131,18 @@ class Kernels:
         columns = [np.array(column, np.int64) for column in zip(*modules)]
         call = jax.ffi.ffi_call("jaxlora_lora", jax.ShapeDtypeStruct(y.shape, y.dtype), input_output_aliases={0: 0})
         return call(
-            y, x, bank, row_slot, rank, ranks=np.int64(max_rank),
+            y,
+            x,
+            bank,
+            row_slot,
+            rank,
+            ranks=np.int64(max_rank),
             **dict(zip(("a_offsets", "b_offsets", "columns", "widths"), columns)),
         )
 
     @staticmethod
     def argmax_logsumexp(logits: Array) -> tuple[Array, Array]:
-        """int32 [m] index of the first largest value and float32 [m] log of the sum of exponentials, of finite float32 logits [m, n]."""
+        """Of finite float32 logits [m, n]: int32 [m] index of the first largest, float32 [m] log of the sum of exponentials."""
         rows = logits.shape[:1]
         results = [jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, jnp.float32)]
         return tuple(jax.ffi.ffi_call("jaxlora_summarize", results)(logits))

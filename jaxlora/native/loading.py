@@ -15,13 +15,13 @@ _loaded: list[tuple[pathlib.Path, ctypes.CDLL]] = []  # at most one: the targets
 
 
 def load(build_dir: os.PathLike[str] | str, isa: str | None = None) -> Kernels | str:
-    """Builds the library into `build_dir` unless it's there, loads it, registers its functions with JAX and checks a fresh build once.
+    """Builds the library into `build_dir` unless it's there, loads it, registers it with JAX and checks a fresh build once.
 
     A process has one library and one instruction set at a time; a later call may change the set.
 
     Arguments:
         build_dir: folder for the compiled library; it may be shared by processes.
-        isa: `avx512bf16`, `avx512` or `avx2`; by default `JAXLORA_NATIVE_ISA` (which may be `none`), or else the best the CPU has.
+        isa: `avx512bf16`, `avx512` or `avx2`; by default `JAXLORA_NATIVE_ISA` (which may be `none`), or else the best there is.
 
     Returns:
         The kernels, or one line that says why there are none. The caller then stays with plain JAX.

@@ -1,5 +1,5 @@
-"""Asks Linux to keep arrays in huge pages. Weights, caches and adapters are read once a step from end to end: with pages of 4 KiB a
-core spends some 7 per cent of that time looking up addresses.
+"""Asks Linux to keep arrays in huge pages. Weights, caches and adapters are read once a step from end to end: with pages of
+4 KiB a core spends some 7 per cent of that time looking up addresses.
 """
 
 import ctypes

@@ -1,5 +1,5 @@
-"""One small run of every kernel against its twin, after a build: a compiler that gets vector code wrong (GCC 12 does for some forms of
-the attention kernel) must cost speed and not answers.
+"""One small run of every kernel against its twin, after a build: a compiler that gets vector code wrong (GCC 12 did for one
+form of the attention kernel) must cost speed and not answers.
 """
 
 import functools
@@ -13,7 +13,7 @@ from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_lin
 
 
 def wrong_results(kernels: Kernels) -> list[str]:
-    """Names of the kernels whose results differ from their twins by more than rounding. Takes a second or two, most of it XLA's."""
+    """Names of the kernels whose results differ from their twins by more than rounding. Takes a second or two, mostly XLA's."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         return [name for name, check in _CHECKS.items() if not check(kernels)]
 
@@ -42,7 +42,13 @@ def _attention(dtype: str, kernels: Kernels) -> bool:
 
 def _lora(dtype: str, kernels: Kernels) -> bool:
     options = dict(modules=(LoraModule(0, 16 * 70, 3, 90),), max_rank=16)
-    arguments = _normal(7, 100), _normal(7, 70), jnp.asarray(_normal(2, 16 * 160), dtype), jnp.int32([1, 0, 1, -1, 1, 1, 1]), jnp.int32([16, 5])
+    arguments = (
+        _normal(7, 100),
+        _normal(7, 70),
+        jnp.asarray(_normal(2, 16 * 160), dtype),
+        jnp.int32([1, 0, 1, -1, 1, 1, 1]),
+        jnp.int32([16, 5]),
+    )
     return _close(kernels.lora(*arguments, **options), twin_lora(jnp.asarray(arguments[0]), *arguments[1:], **options))
 
 

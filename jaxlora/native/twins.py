@@ -14,8 +14,17 @@ def twin_linear(x: Array, w: Array) -> Array:
 
 
 def twin_attention(
-    q: Array, k_new: Array, v_new: Array, k_cache: Array, v_cache: Array, starts: Array, lengths: Array, slots: Array, *,
-    scale: float, window: int = 0,
+    q: Array,
+    k_new: Array,
+    v_new: Array,
+    k_cache: Array,
+    v_cache: Array,
+    starts: Array,
+    lengths: Array,
+    slots: Array,
+    *,
+    scale: float,
+    window: int = 0,
 ) -> tuple[Array, Array, Array]:
     """As `Kernels.attention`."""
     batch, chunk, heads, _ = q.shape

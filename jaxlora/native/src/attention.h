@@ -1,11 +1,11 @@
 // Causal attention over a cache, with an online softmax over blocks of positions. Blocks lie at whole multiples of kBlock and a
 // query meets them in ascending order, so that a token's result does not depend on the tile, the chunk or the batch it came in.
 
-constexpr int64_t kBlock = 128;      // positions: their keys and values stay in the cache while every query of a tile meets them
+constexpr int64_t kBlock = 128;  // positions: their keys and values stay in the cache while every query of a tile meets them
 constexpr int kValueVecs = kWidth == 16 ? 4 : 2;  // vectors of the head dimension that are summed at once
 constexpr int kValueRows = 6;                     // queries that are summed at once
-constexpr int kWidenFor = 6;         // queries from which a block of bfloat16 is widened once instead of at every use
-constexpr float kMasked = -1e30f;    // finite, so that no infinities are subtracted
+constexpr int kWidenFor = 6;       // queries from which a block of bfloat16 is widened once instead of at every use
+constexpr float kMasked = -1e30f;  // finite, so that no infinities are subtracted
 
 // scores[i] = query . key[i] for kWidth positions from `key` on; `last` is the last of them that may be read. D is the head size,
 // or 0 where it is only known as `d`.
@@ -72,8 +72,8 @@ struct Query {
   Vec total;          // sum of weights, by lane
 };
 
-// What a tile works in. Apart from the queries on purpose: GCC 12 drops stores where both are members of one object, as it derives
-// the address of one from the other's.
+// What a tile works in. Apart from the queries on purpose: GCC 12 drops stores where both are members of one object, as it
+// derives the address of one from the other's.
 struct Workspace {
   alignas(64) float vectors[kTileQueries * kMaxHead];
   alignas(64) float weights[kTileQueries * kBlock];
@@ -85,8 +85,7 @@ struct Workspace {
 template <typename Cache>
 class QueryTile {
  public:
-  explicit QueryTile(Workspace& w)
-      : vectors_(w.vectors), weights_(w.weights), out_(w.out), keys_(w.keys), values_(w.values) {}
+  explicit QueryTile(Workspace& w) : vectors_(w.vectors), weights_(w.weights), out_(w.out), keys_(w.keys), values_(w.values) {}
 
   void push(const float* q, float scale, int64_t d, int64_t low, int64_t high) {
     Vec factor = fill(scale * 1.44269504f);
@@ -163,8 +162,8 @@ class QueryTile {
     }
   }
 
-  // Turns one query's scores of the positions [begin, end) of a block into weights, and scales what it has summed so far to the new
-  // largest score.
+  // Turns one query's scores of the positions [begin, end) of a block into weights, and scales what it has summed so far to the
+  // new largest score.
   void weigh(int r, int64_t block, int64_t begin, int64_t end, int64_t d) {
     Query& query = queries_[r];
     float* weights = weights_ + r * kBlock;
@@ -215,7 +214,8 @@ void attend(const Attention& a, int64_t begin, int64_t end) {
         tile.push(a.q + at(token, j % group), a.scale, a.d, low, position);
       }
       tile.attend(static_cast<const Cache*>(a.k_cache) + cache, static_cast<const Cache*>(a.v_cache) + cache, a.s, a.d);
-      for (int64_t j = i; j < next; ++j) tile.finish(static_cast<int>(j - i), a.out + at(first_token + j / group, j % group), a.d);
+      for (int64_t j = i; j < next; ++j)
+        tile.finish(static_cast<int>(j - i), a.out + at(first_token + j / group, j % group), a.d);
     }
     for (int64_t token = valid > first_token ? valid : first_token; token < after; ++token) {
       __builtin_memset(a.out + at(token, 0), 0, static_cast<size_t>(group * a.d) * sizeof(float));

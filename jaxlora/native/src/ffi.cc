@@ -27,8 +27,9 @@ bool avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
 
-// Best first. A set that the compiler does not know is left out of the build. On Intel's cores a dot product of bfloat16 pairs takes
-// four times as long as a fused multiply-add (Emerald Rapids: 0.65 and 0.16 ns), so that widening the weights is twice as fast.
+// Best first. A set that the compiler does not know is left out of the build. On Intel's cores a dot product of bfloat16 pairs
+// takes four times as long as a fused multiply-add (Emerald Rapids: 0.65 and 0.16 ns), so that widening the weights is twice as
+// fast.
 const Isa kIsas[] = {
 #ifdef JAXLORA_AVX512BF16
     {&kAvx512Bf16, [] { return avx512() && __builtin_cpu_supports("avx512bf16"); }, [] { return !__builtin_cpu_is("intel"); }},
@@ -44,7 +45,9 @@ const Isa kIsas[] = {
 
 const Kernels* active = nullptr;
 
-ffi::Error bad(const std::string& message) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, "jaxlora native: " + message); }
+ffi::Error bad(const std::string& message) {
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "jaxlora native: " + message);
+}
 
 // Memory that a calling thread keeps from one call to the next.
 class Scratch {
@@ -92,12 +95,13 @@ ffi::Error linear(F32 x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> y) {
   return ffi::Error::Success();
 }
 
-ffi::Error attention(F32 q, F32 k_new, F32 v_new, ffi::AnyBuffer k_cache, ffi::AnyBuffer v_cache, S32 starts, S32 lengths, S32 slots,
-                     ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> k_result, ffi::Result<ffi::AnyBuffer> v_result,
-                     int64_t window, float scale) {
+ffi::Error attention(F32 q, F32 k_new, F32 v_new, ffi::AnyBuffer k_cache, ffi::AnyBuffer v_cache, S32 starts, S32 lengths,
+                     S32 slots, ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> k_result,
+                     ffi::Result<ffi::AnyBuffer> v_result, int64_t window, float scale) {
   const auto qs = q.dimensions(), ns = k_new.dimensions(), cs = k_cache.dimensions();
   auto same = [](auto a, auto b) { return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()); };
-  if (qs.size() != 4 || ns.size() != 4 || cs.size() != 4) return bad("attention takes q [b, t, h, d] and caches [slots, kv, s, d]");
+  if (qs.size() != 4 || ns.size() != 4 || cs.size() != 4)
+    return bad("attention takes q [b, t, h, d] and caches [slots, kv, s, d]");
   Attention a{};
   a.b = qs[0], a.t = qs[1], a.heads = qs[2], a.d = qs[3], a.kv = ns[2], a.s = cs[2];
   if (ns[0] != a.b || ns[1] != a.t || ns[3] != a.d || cs[1] != a.kv || cs[3] != a.d || a.kv == 0 || a.heads % a.kv ||
@@ -145,7 +149,8 @@ ffi::Error lora(F32 y_in, F32 x, ffi::AnyBuffer bank, S32 row_slot, S32 rank, ff
                 ffi::Span<const int64_t> a_offsets, ffi::Span<const int64_t> b_offsets, ffi::Span<const int64_t> columns,
                 ffi::Span<const int64_t> widths, int64_t ranks) {
   const auto xs = x.dimensions(), ys = y->dimensions(), bs = bank.dimensions();
-  if (xs.size() != 2 || ys.size() != 2 || bs.size() != 2 || xs[0] != ys[0]) return bad("lora takes y [m, n], x [m, k], bank [slots, size]");
+  if (xs.size() != 2 || ys.size() != 2 || bs.size() != 2 || xs[0] != ys[0])
+    return bad("lora takes y [m, n], x [m, k], bank [slots, size]");
   if (y->untyped_data() != y_in.untyped_data()) return bad("y is not updated in place");
   const bool bf16 = bank.element_type() == ffi::BF16;
   if (!bf16 && bank.element_type() != ffi::F32) return bad("the bank is float32 or bfloat16");
@@ -156,8 +161,8 @@ ffi::Error lora(F32 y_in, F32 x, ffi::AnyBuffer bank, S32 row_slot, S32 rank, ff
   std::vector<LoraModule> modules;
   for (size_t i = 0; i < a_offsets.size(); ++i) {
     LoraModule module{a_offsets[i], b_offsets[i], columns[i], widths[i]};
-    if (module.a < 0 || module.b < 0 || module.column < 0 || module.a + ranks * k > bs[1] || module.b + ranks * module.n > bs[1] ||
-        module.column + module.n > n) {
+    if (module.a < 0 || module.b < 0 || module.column < 0 || module.a + ranks * k > bs[1] ||
+        module.b + ranks * module.n > bs[1] || module.column + module.n > n) {
       return bad("module " + std::to_string(i) + " lies outside of the bank or of y");
     }
     modules.push_back(module);
@@ -167,7 +172,8 @@ ffi::Error lora(F32 y_in, F32 x, ffi::AnyBuffer bank, S32 row_slot, S32 rank, ff
   std::vector<int64_t> place(static_cast<size_t>(slots) + 1), rows(static_cast<size_t>(m));
   for (int64_t i = 0; i < m; ++i) {
     int32_t slot = row_slot.typed_data()[i];
-    if (slot >= slots) return bad("row " + std::to_string(i) + " names slot " + std::to_string(slot) + " of " + std::to_string(slots));
+    if (slot >= slots)
+      return bad("row " + std::to_string(i) + " names slot " + std::to_string(slot) + " of " + std::to_string(slots));
     if (slot >= 0) ++place[static_cast<size_t>(slot) + 1];
   }
   std::vector<LoraGroup> groups;
@@ -193,10 +199,25 @@ ffi::Error lora(F32 y_in, F32 x, ffi::AnyBuffer bank, S32 row_slot, S32 rank, ff
     }
   }
   float* hidden = static_cast<float*>(scratch.reserve(modules.size() * static_cast<size_t>(m * ranks) * sizeof(float)));
-  const Lora l{x.typed_data(), bank.untyped_data(), hidden, y->typed_data(), rows.data(), groups.data(), modules.data(),
-               down.data(), up.data(), static_cast<int64_t>(down.size()), static_cast<int64_t>(up.size()), bs[1], m, k, n, ranks};
+  const Lora l{x.typed_data(),
+               bank.untyped_data(),
+               hidden,
+               y->typed_data(),
+               rows.data(),
+               groups.data(),
+               modules.data(),
+               down.data(),
+               up.data(),
+               static_cast<int64_t>(down.size()),
+               static_cast<int64_t>(up.size()),
+               bs[1],
+               m,
+               k,
+               n,
+               ranks};
   Pool& pool = Pool::instance();
-  pool.split(l.down_count, [&](int64_t begin, int64_t end) { (bf16 ? active->lora_down_bf16 : active->lora_down_f32)(l, begin, end); });
+  pool.split(l.down_count,
+             [&](int64_t begin, int64_t end) { (bf16 ? active->lora_down_bf16 : active->lora_down_f32)(l, begin, end); });
   pool.split(l.up_count, [&](int64_t begin, int64_t end) { (bf16 ? active->lora_up_bf16 : active->lora_up_f32)(l, begin, end); });
   return ffi::Error::Success();
 }
@@ -227,7 +248,9 @@ extern "C" const char* jaxlora_select(const char* wanted) {
   return "";
 }
 
-extern "C" int jaxlora_threads() { return jaxlora::Pool::instance().threads(); }
+extern "C" int jaxlora_threads() {
+  return jaxlora::Pool::instance().threads();
+}
 
 namespace jaxlora {
 

@@ -18,12 +18,19 @@ namespace {
 }  // namespace
 }  // namespace JAXLORA_ISA
 
-#define JAXLORA_TABLE(name)                                                                                          \
-  {                                                                                                                  \
-    name, JAXLORA_ISA::round_rows, JAXLORA_ISA::linear_f32, JAXLORA_ISA::linear_bf16, JAXLORA_ISA::store_new<float>, \
-        JAXLORA_ISA::store_new<uint16_t>, JAXLORA_ISA::attend<float>, JAXLORA_ISA::attend<uint16_t>,                 \
-        JAXLORA_ISA::lora_down<float>, JAXLORA_ISA::lora_down<uint16_t>, JAXLORA_ISA::lora_up<float>,                \
-        JAXLORA_ISA::lora_up<uint16_t>, JAXLORA_ISA::summarize                                                       \
-  }
+#define JAXLORA_TABLE(name)          \
+  {name,                             \
+   JAXLORA_ISA::round_rows,          \
+   JAXLORA_ISA::linear_f32,          \
+   JAXLORA_ISA::linear_bf16,         \
+   JAXLORA_ISA::store_new<float>,    \
+   JAXLORA_ISA::store_new<uint16_t>, \
+   JAXLORA_ISA::attend<float>,       \
+   JAXLORA_ISA::attend<uint16_t>,    \
+   JAXLORA_ISA::lora_down<float>,    \
+   JAXLORA_ISA::lora_down<uint16_t>, \
+   JAXLORA_ISA::lora_up<float>,      \
+   JAXLORA_ISA::lora_up<uint16_t>,   \
+   JAXLORA_ISA::summarize}
 
 }  // namespace jaxlora

@@ -9,7 +9,9 @@ namespace jaxlora {
 
 constexpr int kPanel = 32;  // columns of a panel of packed weights
 
-inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
+inline int64_t panels(int64_t n) {
+  return (n + kPanel - 1) / kPanel;
+}
 
 // y[m, n] = x[m, k] @ w, all float32 but for the weights.
 //   float32 weights  [panels(n)][k][32]
@@ -51,10 +53,10 @@ struct LoraItem {
 };
 
 struct Lora {
-  const float* x;     // [m, k]
-  const void* bank;   // [adapters, size]
-  float* hidden;      // [modules, m, ranks]
-  float* y;           // [m, n]
+  const float* x;    // [m, k]
+  const void* bank;  // [adapters, size]
+  float* hidden;     // [modules, m, ranks]
+  float* y;          // [m, n]
   const int64_t* rows;
   const LoraGroup* groups;
   const LoraModule* modules;
@@ -83,11 +85,11 @@ struct Kernels {
   void (*summarize)(const float* logits, int32_t* argmax, float* logsumexp, int64_t n, int64_t begin, int64_t end);
 };
 
-constexpr int64_t kRowBlock = 128;    // rows of x that are kept in the cache while every panel passes over them
-constexpr int64_t kRankBlock = 8;     // ranks of A that one item reads
+constexpr int64_t kRowBlock = 128;     // rows of x that are kept in the cache while every panel passes over them
+constexpr int64_t kRankBlock = 8;      // ranks of A that one item reads
 constexpr int64_t kColumnBlock = 320;  // columns of B that one item reads
-constexpr int64_t kTileQueries = 48;  // queries (tokens times heads of a group) that share a pass over keys and values
-constexpr int64_t kMaxHead = 256;     // largest head dimension
+constexpr int64_t kTileQueries = 48;   // queries (tokens times heads of a group) that share a pass over keys and values
+constexpr int64_t kMaxHead = 256;      // largest head dimension
 
 extern const Kernels kAvx512Bf16, kAvx512, kAvx2;
 

@@ -49,7 +49,8 @@ struct PairsBf16 {
   static constexpr int kDepth = 1;
   template <int R>
   static INLINE void step(const X* x, int64_t stride, const W* w, Vec (&acc)[R][2]) {
-    __m512bh w0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w)), w1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w + kWidth));
+    __m512bh w0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w)),
+             w1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w + kWidth));
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       __m512bh pair = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(x[r * stride])));
@@ -66,8 +67,8 @@ struct PairsBf16 {
 // R rows of a panel, two vectors of columns at a time. k and stride count values of X. Meanwhile the weights that come next are
 // fetched into the second-level cache, `next_step` bytes a step, so that memory never waits for arithmetic.
 template <typename Step, int R>
-void tile(const typename Step::X* x, const typename Step::W* w, float* y, int64_t k, int64_t y_stride, int columns, const char* next,
-          int64_t next_step) {
+void tile(const typename Step::X* x, const typename Step::W* w, float* y, int64_t k, int64_t y_stride, int columns,
+          const char* next, int64_t next_step) {
   for (int column = 0; column < columns; column += 2 * kWidth) {
     Vec acc[R][2];
 #pragma GCC unroll 16
@@ -127,11 +128,15 @@ INLINE void linear(const Linear& a, int64_t k, int64_t begin, int64_t end) {
   }
 }
 
-void linear_f32(const Linear& a, int64_t begin, int64_t end) { linear<F32>(a, a.k, begin, end); }
+void linear_f32(const Linear& a, int64_t begin, int64_t end) {
+  linear<F32>(a, a.k, begin, end);
+}
 
 #ifdef __AVX512BF16__
 
-void linear_bf16(const Linear& a, int64_t begin, int64_t end) { linear<PairsBf16>(a, (a.k + 1) / 2, begin, end); }
+void linear_bf16(const Linear& a, int64_t begin, int64_t end) {
+  linear<PairsBf16>(a, (a.k + 1) / 2, begin, end);
+}
 
 void round_rows(const float* x, uint16_t* rounded, int64_t k, int64_t row_begin, int64_t row_end) {
   const int64_t padded = (k + 1) / 2 * 2;
@@ -145,7 +150,9 @@ void round_rows(const float* x, uint16_t* rounded, int64_t k, int64_t row_begin,
 
 #else
 
-void linear_bf16(const Linear& a, int64_t begin, int64_t end) { linear<WideBf16>(a, a.k, begin, end); }
+void linear_bf16(const Linear& a, int64_t begin, int64_t end) {
+  linear<WideBf16>(a, a.k, begin, end);
+}
 
 constexpr auto round_rows = nullptr;
 

@@ -1,8 +1,8 @@
 // Low-rank updates, one adapter at a time: its A and B are read once for all of its rows, and only as many ranks as it has.
 // Sums over k run in lanes that are added at the end, sums over ranks in ascending order, the same for every row.
 //
-// Adapters lie far apart in the bank and each is read in short stretches, so that the hardware's prefetching starts over all the time:
-// every item fetches the next one's weights before it computes.
+// Adapters lie far apart in the bank and each is read in short stretches, so that the hardware's prefetching starts over all the
+// time: every item fetches the next one's weights before it computes.
 
 template <typename T>
 INLINE void fetch(const T* p, int64_t count) {
@@ -47,8 +47,8 @@ INLINE void dot_ranks(const float* const* x, const T* a, float* const* hidden, i
     for (int i = 0; i < R; ++i) hidden[m][rank + i] = sum(acc[m][i]);
 }
 
-// y[row][0 : columns] += sum over R ranks of hidden[row][r] * b[r, 0 : columns]. A block of y stays in the cache while ranks pass over
-// it, and every rank is read as one stream.
+// y[row][0 : columns] += sum over R ranks of hidden[row][r] * b[r, 0 : columns]. A block of y stays in the cache while ranks pass
+// over it, and every rank is read as one stream.
 template <int M, int R, typename T>
 INLINE void add_ranks(const float* const* hidden, const T* b, float* const* y, int64_t rank, int64_t columns, int64_t n) {
   b += rank * n;
@@ -79,8 +79,10 @@ INLINE void add_ranks(const float* const* hidden, const T* b, float* const* y, i
 template <typename T>
 struct LoraPart {
   LoraPart(const Lora& l, const LoraItem& item, bool down)
-      : group(l.groups[item.group]), module(l.modules[item.module]),
-        weights(static_cast<const T*>(l.bank) + group.slot * l.size + (down ? module.a + item.first * l.k : module.b + item.first)),
+      : group(l.groups[item.group]),
+        module(l.modules[item.module]),
+        weights(static_cast<const T*>(l.bank) + group.slot * l.size +
+                (down ? module.a + item.first * l.k : module.b + item.first)),
         count((down ? group.rank : module.n) - item.first) {
     const int64_t most = down ? kRankBlock : kColumnBlock;
     if (count > most) count = most;

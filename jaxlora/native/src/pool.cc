@@ -12,7 +12,9 @@ namespace {
 constexpr uint32_t kOpen = 1u << 31;
 constexpr auto kWatch = std::chrono::microseconds(100);  // longer than what XLA does between two calls of a step
 
-inline void pause() { __builtin_ia32_pause(); }
+inline void pause() {
+  __builtin_ia32_pause();
+}
 
 int default_threads() {
   if (const char* text = std::getenv("JAXLORA_NATIVE_THREADS")) {

@@ -3,8 +3,8 @@
 // Each thread owns a stretch of the items and takes them from its front, so that it streams through memory; one that has finished
 // takes grains from the back of the others' stretches. The caller thus never waits for a worker that has not woken: on a busy
 // machine it does the work itself. Workers watch for the next call for a bounded time (calls follow each other closely inside a
-// step) and sleep afterwards. Callers that find the pool taken by another thread run alone. Which thread runs an item never changes
-// results.
+// step) and sleep afterwards. Callers that find the pool taken by another thread run alone. Which thread runs an item never
+// changes results.
 #pragma once
 
 #include <atomic>

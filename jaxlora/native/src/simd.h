@@ -1,5 +1,5 @@
-// Vectors of float32 for the instruction set that this translation unit is compiled for. Included inside the namespace of that set,
-// so that no function compiled for one machine is ever called on another.
+// Vectors of float32 for the instruction set that this translation unit is compiled for. Included inside the namespace of that
+// set, so that no function compiled for one machine is ever called on another.
 //
 // Every multiply-add is spelled out as one fused operation: results do not hang on what the compiler chooses to contract.
 
@@ -11,25 +11,51 @@ using Vec = __m512;
 constexpr int kWidth = 16;
 constexpr int kTileRows = 14;  // 14 rows x 2 vectors of sums + 2 of weights + 1 of x fill the 32 registers
 
-INLINE Vec zero() { return _mm512_setzero_ps(); }
-INLINE Vec fill(float value) { return _mm512_set1_ps(value); }
-INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
-INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
-INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
-INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
-INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
-INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-INLINE Vec round_nearest(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE Vec scale_by_power(Vec a, Vec whole) { return _mm512_scalef_ps(a, whole); }
+INLINE Vec zero() {
+  return _mm512_setzero_ps();
+}
+INLINE Vec fill(float value) {
+  return _mm512_set1_ps(value);
+}
+INLINE Vec load(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+INLINE void store(float* p, Vec v) {
+  _mm512_storeu_ps(p, v);
+}
+INLINE Vec add(Vec a, Vec b) {
+  return _mm512_add_ps(a, b);
+}
+INLINE Vec sub(Vec a, Vec b) {
+  return _mm512_sub_ps(a, b);
+}
+INLINE Vec mul(Vec a, Vec b) {
+  return _mm512_mul_ps(a, b);
+}
+INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+INLINE Vec max(Vec a, Vec b) {
+  return _mm512_max_ps(a, b);
+}
+INLINE Vec round_nearest(Vec a) {
+  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+INLINE Vec scale_by_power(Vec a, Vec whole) {
+  return _mm512_scalef_ps(a, whole);
+}
 // The first `count` lanes of a, the others of b.
-INLINE Vec first(int count, Vec a, Vec b) { return _mm512_mask_blend_ps(static_cast<__mmask16>((1u << count) - 1), b, a); }
+INLINE Vec first(int count, Vec a, Vec b) {
+  return _mm512_mask_blend_ps(static_cast<__mmask16>((1u << count) - 1), b, a);
+}
 INLINE Vec load_bf16(const uint16_t* p) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 // Pairs of bfloat16: the even ones (low halves) and the odd ones.
-INLINE Vec even_bf16(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+INLINE Vec even_bf16(const uint32_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+}
 INLINE Vec odd_bf16(const uint32_t* p) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
@@ -39,8 +65,12 @@ INLINE float sum(Vec v) {
   quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
 }
-INLINE float largest(Vec v) { return _mm512_reduce_max_ps(v); }
-INLINE bool any_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ) != 0; }
+INLINE float largest(Vec v) {
+  return _mm512_reduce_max_ps(v);
+}
+INLINE bool any_equal(Vec a, Vec b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ) != 0;
+}
 // Lane i of the result is the sum of the lanes of rows[i], each added in the same order.
 INLINE Vec sums(const Vec (&rows)[16]) {
   Vec pairs[4];  // lane group j of pairs[i]: four partial sums of row 4 j + i
@@ -61,16 +91,36 @@ using Vec = __m256;
 constexpr int kWidth = 8;
 constexpr int kTileRows = 6;  // 6 rows x 2 vectors of sums + 2 of weights + 1 of x, of 16 registers
 
-INLINE Vec zero() { return _mm256_setzero_ps(); }
-INLINE Vec fill(float value) { return _mm256_set1_ps(value); }
-INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
-INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
-INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
-INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
-INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
-INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-INLINE Vec round_nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE Vec zero() {
+  return _mm256_setzero_ps();
+}
+INLINE Vec fill(float value) {
+  return _mm256_set1_ps(value);
+}
+INLINE Vec load(const float* p) {
+  return _mm256_loadu_ps(p);
+}
+INLINE void store(float* p, Vec v) {
+  _mm256_storeu_ps(p, v);
+}
+INLINE Vec add(Vec a, Vec b) {
+  return _mm256_add_ps(a, b);
+}
+INLINE Vec sub(Vec a, Vec b) {
+  return _mm256_sub_ps(a, b);
+}
+INLINE Vec mul(Vec a, Vec b) {
+  return _mm256_mul_ps(a, b);
+}
+INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+INLINE Vec max(Vec a, Vec b) {
+  return _mm256_max_ps(a, b);
+}
+INLINE Vec round_nearest(Vec a) {
+  return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 INLINE Vec scale_by_power(Vec a, Vec whole) {
   // Below the smallest normal number the result is zero; callers never pass large positive powers.
   __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_max_ps(whole, fill(-127.0f))), _mm256_set1_epi32(127));
@@ -101,7 +151,9 @@ INLINE float largest(Vec v) {
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
-INLINE bool any_equal(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)) != 0; }
+INLINE bool any_equal(Vec a, Vec b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)) != 0;
+}
 // Lane i of the result is the sum of the lanes of rows[i], each added in the same order.
 INLINE Vec sums(const Vec (&rows)[8]) {
   Vec pairs[4];  // half j of pairs[i]: four partial sums of row 4 j + i
@@ -116,8 +168,12 @@ INLINE Vec sums(const Vec (&rows)[8]) {
 
 #endif
 
-INLINE Vec load_value(const float* p) { return load(p); }
-INLINE Vec load_value(const uint16_t* p) { return load_bf16(p); }
+INLINE Vec load_value(const float* p) {
+  return load(p);
+}
+INLINE Vec load_value(const uint16_t* p) {
+  return load_bf16(p);
+}
 
 // To the nearest bfloat16, ties to even; NaN stays NaN.
 INLINE uint16_t to_bf16(float value) {
@@ -126,8 +182,12 @@ INLINE uint16_t to_bf16(float value) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
-INLINE void store_value(float* p, float value) { *p = value; }
-INLINE void store_value(uint16_t* p, float value) { *p = to_bf16(value); }
+INLINE void store_value(float* p, float value) {
+  *p = value;
+}
+INLINE void store_value(uint16_t* p, float value) {
+  *p = to_bf16(value);
+}
 
 // 2^x for x <= 0 to about one unit in the last place; 2^-inf is 0. Taylor series of 2^f about 0 on [-1/2, 1/2].
 INLINE Vec exp2(Vec x) {

@@ -1,0 +1,94 @@
+"""Building, checking and loading the library; threads; huge pages."""
+
+import concurrent.futures
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlora import native
+from jaxlora.native import build
+
+from .arrays import normal, same_bits
+
+
+@pytest.mark.parametrize("size", [0, 10, 3 << 20])
+def test_huge_pages_change_neither_values_nor_addresses(size: int) -> None:
+    array = jnp.arange(size)
+    where = array.unsafe_buffer_pointer()
+    assert 0 <= native.use_huge_pages([array]) <= array.nbytes
+    assert array.unsafe_buffer_pointer() == where and (array == np.arange(size)).all()
+
+
+def test_a_second_build_takes_the_library_that_is_there(kernels: native.Kernels, build_dir: pathlib.Path) -> None:
+    assert build.library(build_dir) == kernels.path
+    assert [path.name for path in build_dir.iterdir() if path.suffix != ".checked"] == [kernels.path.name]
+
+
+def test_a_library_that_computes_something_wrong_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, kernels: native.Kernels, build_dir: pathlib.Path
+) -> None:
+    for path in build_dir.glob("*.checked"):
+        path.unlink()
+    monkeypatch.setattr(native.Kernels, "linear", staticmethod(lambda x, w: jnp.zeros((len(x), w.n))))
+    assert native.load(build_dir, kernels.isa) == f"the compiled library for {kernels.isa} gives wrong results: " + (
+        "linear in float32, linear in bfloat16"
+    )
+    monkeypatch.undo()
+    assert native.load(build_dir, kernels.isa) == kernels
+
+
+@pytest.mark.parametrize(
+    "environment, reason",
+    [
+        ({"JAXLORA_NATIVE_ISA": "none"}, "switched off"),
+        ({"CXX": "/no/such/compiler"}, "does not run"),
+        ({"CXX": "false"}, "failed"),
+        ({"PATH": "/nowhere"}, "no C\\+\\+ compiler"),
+    ],
+)
+def test_without_a_compiler_there_is_a_reason_instead(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, environment: dict[str, str], reason: str
+) -> None:
+    monkeypatch.setattr(native.loading, "_loaded", [])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    got = native.load(tmp_path)
+    assert isinstance(got, str) and "\n" not in got
+    assert re.search(reason, got)
+
+
+def test_callers_in_several_threads_do_not_disturb_each_other(kernels: native.Kernels) -> None:
+    inputs = [normal(i, 5, 200) for i in range(4)]
+    w = native.pack_linear(normal(9, 200, 3000))
+    step = jax.jit(kernels.linear)
+    alone = [np.asarray(step(x, w)) for x in inputs]
+    with concurrent.futures.ThreadPoolExecutor(len(inputs)) as pool:
+        rounds = list(pool.map(lambda x: [np.asarray(step(x, w)) for _ in range(50)], inputs))
+    assert all(same_bits(got, want) for gots, want in zip(rounds, alone) for got in gots)
+
+
+def test_threads_do_not_change_a_bit(kernels: native.Kernels, build_dir: pathlib.Path) -> None:
+    program = f"""
+import sys, numpy as np, jax.numpy as jnp
+from jaxlora import native
+from jaxlora.native import build
+kernels = native.load({str(build_dir)!r}, {kernels.isa!r})
+x, w = (np.random.default_rng(i).standard_normal(s, np.float32) for i, s in enumerate([(33, 100), (100, 2000)]))
+print(kernels.threads, hash(np.asarray(kernels.linear(x, native.pack_linear(w))).tobytes()))
+"""
+
+    def run(threads: int) -> list[str]:
+        environment = os.environ | {"JAXLORA_NATIVE_THREADS": str(threads), "PYTHONHASHSEED": "0"}
+        return subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        ).stdout.split()
+
+    one, three = run(1), run(3)
+    assert (one[0], three[0]) == ("1", "3") and one[1] == three[1]
