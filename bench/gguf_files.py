@@ -15,7 +15,7 @@ from jaxlora import peft
 from jaxlora.config import ModelConfig
 
 TYPES = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}
-_ARCHITECTURE = "LlamaForCausalLM"
+_ARCHITECTURE = "llama"
 _CONTROL = int(gguf.TokenType.CONTROL)
 
 
@@ -30,7 +30,7 @@ def write_model(folder: pathlib.Path, path: pathlib.Path, config: ModelConfig, d
         NoGguf: the model is no plain Llama.
     """
     if config.architecture != _ARCHITECTURE or config.rope.kind != "default" or config.qkv_bias or config.mlp_bias or config.output_bias:
-        raise NoGguf(f"GGUF files are written of plain {_ARCHITECTURE} only")
+        raise NoGguf(f"GGUF files are written of plain Llama models only")
     with _Writer(path) as writer:
         writer.add_context_length(config.max_positions)
         writer.add_embedding_length(config.hidden_size)
@@ -71,7 +71,7 @@ class _Writer(gguf.GGUFWriter):
 
     def __init__(self, path: pathlib.Path):
         self._final, self._partial = path, path.with_suffix(".partial")
-        super().__init__(self._partial, "llama")
+        super().__init__(self._partial, _ARCHITECTURE)
 
     def __enter__(self) -> "_Writer":
         return self
@@ -116,4 +116,10 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: pathlib.Path, config: ModelC
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges(merges)
-    writer.add_eos_token_id(config.eos_token_ids[0])
+    special = json.loads((folder / "tokenizer_config.json").read_text())
+    if isinstance(special.get("chat_template"), str):
+        writer.add_chat_template(special["chat_template"])
+    for kind, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id), ("unk", writer.add_unk_token_id), ("pad", writer.add_pad_token_id)):
+        token = special.get(f"{kind}_token")
+        if token is not None:
+            add(tokens.index(token["content"] if isinstance(token, dict) else token))
