@@ -8,21 +8,28 @@ import sys
 import numpy as np
 import pytest
 
-from bench import processes, report
+from bench import processes, report, session
+from bench.drivers import System
 from bench.worker import Answer, DriverFailed, Request, Unsupported, Worker
 from bench.workloads import Prompts, Row, rows, zipf
 from jaxlora.text import Tokenizer
 from server.repository import PROJECT
 
 DRIVER = """
-import sys
+import os, sys
 from bench.worker import Answer, Unsupported, serve
 class Driver:
     def start(self, setup):
         print("a library prints")
+        self.setup = setup
         return {"versions": {"it": setup["version"]}}
     def run(self, requests, concurrency):
-        return [Answer(0.5, [(1.0, 1)], request.answer, request.prompt) for request in requests]
+        if "turns" in self.setup:
+            with open(self.setup["turns"], "a") as file:
+                print(os.getpid(), *requests[0].prompt, requests[0].answer, file=file)
+        if self.setup.get("refused") == requests[0].adapter:
+            raise Unsupported("not with this adapter")
+        return [Answer(0.0, [(1.0 + i / 100, 1) for i in range(request.answer)], request.answer, request.prompt) for request in requests]
     def refuse(self):
         raise Unsupported("it has no adapters")
     def fail(self):
@@ -36,17 +43,23 @@ serve(Driver())
 
 
 @pytest.fixture
-def worker(tmp_path):
+def driver(tmp_path, monkeypatch):
+    """The module of a driver that needs no model."""
     (tmp_path / "driver_for_test.py").write_text(DRIVER)
-    path = os.pathsep.join([str(tmp_path), str(PROJECT)])
-    worker = Worker("test", sys.executable, "driver_for_test", tmp_path / "log", PROJECT, {"PYTHONPATH": path})
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(PROJECT)]))
+    return "driver_for_test"
+
+
+@pytest.fixture
+def worker(tmp_path, driver):
+    worker = Worker("test", sys.executable, driver, tmp_path / "log", PROJECT)
     yield worker
     worker.stop()
 
 
 def test_a_driver_answers_though_its_libraries_print(worker):
     assert worker.start({"version": "1"}) == {"versions": {"it": "1"}}
-    assert worker.run([Request([4, 5], "a b", 7)], 1) == [Answer(0.5, [[1.0, 1]], 7, [4, 5])]
+    assert worker.run([Request([4, 5], "a b", 2)], 1) == [Answer(0.0, [[1.0, 1], [1.01, 1]], 2, [4, 5])]
 
 
 def test_a_driver_says_what_it_cannot_do_and_goes_on(worker):
@@ -73,6 +86,44 @@ def test_processes_are_counted_with_their_descendants(worker):
     assert processes.tree(os.getpid()).count(worker.pid) == 1
     assert 1 << 20 < processes.memory_bytes(worker.pid) < 1 << 30
     assert processes.cpu_seconds(os.getpid()) >= processes.cpu_seconds(worker.pid) > 0
+
+
+@pytest.fixture
+def systems(driver, monkeypatch):
+    """Two systems that are there, and one that is not."""
+    there = {name: System(name, driver, sys.executable, sys.executable, name == "engine", "") for name in ("engine", "peft")}
+    monkeypatch.setattr(session, "DRIVERS", {**there, "vllm": System("vLLM", driver, "no/python", "no/python", False, "")})
+    return ["engine", "peft", "vllm"]
+
+
+def test_systems_take_turns_on_the_same_prompts_after_a_short_one_each(tmp_path, systems, default_model):
+    setup, row = {"version": "1", "turns": str(tmp_path / "turns")}, Row(16, 20, 2, "mixed")
+    prompts = Prompts(Tokenizer.from_folder(default_model))
+    with session.Session(setup, {}, tmp_path, lambda line: None).systems(systems) as running:
+        pids = [running.running[name].worker.pid for name in ("engine", "peft")]
+        found = running.row(row, prompts, ["a", "b"], 2)["systems"]
+        assert running.describe()["vllm"] == {"missing": "not installed (`make bench-peers`)"}
+    turns = [list(map(int, line.split())) for line in (tmp_path / "turns").read_text().splitlines()]
+    assert [turn[0] for turn in turns] == pids * 3
+    assert [turn[-1] for turn in turns] == [session.WARM_UP_TOKENS] * 2 + [20] * 4
+    assert all(one[1:] == other[1:] for one, other in zip(turns[::2], turns[1::2]))
+    assert found["engine"]["decode"]["median"] == pytest.approx(200) and found["engine"]["repetitions"] == 2
+    assert found["engine"]["agreement"] == {"with": "peft", "share": 1.0}
+
+
+def test_what_a_system_refuses_is_noted_and_the_others_go_on(tmp_path, systems, default_model):
+    setup = {"version": "1", "refused": "a"}
+    with session.Session(setup, {}, tmp_path, lambda line: None).systems(["engine"]) as running:
+        prompts = Prompts(Tokenizer.from_folder(default_model))
+        assert running.row(Row(16, 20, 2, "one"), prompts, ["a"], 1)["systems"] == {"engine": {"cannot": "not with this adapter"}}
+        assert "decode" in running.row(Row(16, 20, 2, "base"), prompts, ["a"], 1)["systems"]["engine"]
+
+
+def test_an_answer_of_another_length_is_a_failure(tmp_path, systems):
+    with session.Session({"version": "1"}, {}, tmp_path, lambda line: None).systems(["engine"]) as running:
+        running.running["engine"].worker.run = lambda requests, concurrency: [Answer(0.0, [(1.0, 1)], 1, [3])]
+        with pytest.raises(DriverFailed, match="answers of"):
+            running.turn("engine", [Request([1], "a", 2)], 1)
 
 
 def test_prompts_have_their_length_as_text_and_as_ids_and_never_come_twice(default_model):

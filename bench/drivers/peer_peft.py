@@ -1,4 +1,4 @@
-"""Transformers and PEFT, in this process: `generate` on one batch, with an adapter for each row by `adapter_names`.
+"""Transformers and PEFT, in this process: `generate` on one batch, with an adapter for each row by `adapter_names`; and training.
 
 A batch is what it takes at a time: rows start together, and none joins or leaves. A list of more requests than the concurrency is
 answered batch by batch. When each token comes is noted by a stopping criterion, which `generate` asks after every step.
@@ -67,6 +67,25 @@ class PeftDriver:
             output = self._model.generate(input_ids=prompts, adapter_names=names, **arguments)
         ids = output[:, prompts.shape[1] :].tolist()
         return [Answer(sent, [(arrived, 1) for arrived in clock.times], len(row), row) for row in ids]
+
+    def train(self, model: str, texts: list[str], dtype: str, batch: int, rank: int, lr: float) -> list[float]:
+        """Seconds of each training step over the texts in order, `batch` of them at a time, all of one length."""
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        learner = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config).train()
+        optimizer = torch.optim.AdamW([weight for weight in learner.parameters() if weight.requires_grad], lr=lr, weight_decay=0.0)
+        seconds = []
+        for first in range(0, len(texts), batch):
+            begin = time.monotonic()
+            ids = torch.tensor([tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts[first : first + batch]])
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss = learner(input_ids=ids, labels=ids).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds.append(time.monotonic() - begin)
+        return seconds
 
     def limits(self) -> dict[str, float]:
         """Operations/s of torch's large matrix products by type."""

@@ -6,7 +6,7 @@ A scenario is a function from a `Context` to `{"title", "columns", "rows", "note
 from collections.abc import Callable
 from typing import Any
 
-from bench.scenarios import prefix, publishing, starts, wire, zipf
+from bench.scenarios import prefix, publishing, starts, training, wire, zipf
 from bench.scenarios.context import Context
 
 SCENARIOS: dict[str, Callable[[Context], dict[str, Any]]] = {
@@ -15,6 +15,7 @@ SCENARIOS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "publish": publishing.measure,
     "starts": starts.measure,
     "prefix": prefix.measure,
+    "training": training.measure,
 }
 
 __all__ = ["SCENARIOS", "Context"]

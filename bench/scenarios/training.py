@@ -1,0 +1,81 @@
+"""Training steps: this project's script and a plain loop of PEFT and torch, on the same examples, in turns.
+
+Each turn is a process of its own that makes a few steps; the first of them compile or warm up and do not count.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+from bench import measure as arithmetic
+from bench.drivers import DRIVERS
+from bench.scenarios.context import Context
+from bench.worker import DriverFailed, Worker
+from server.repository import PROJECT
+
+BATCH, LENGTH, RANK = 4, 256, 16
+STEPS, WARM_UP = 6, 2
+LEARNING_RATE = 3e-4
+
+
+def measure(context: Context) -> dict[str, Any]:
+    texts = [context.prompts.make(LENGTH - 1, index, LENGTH)[1] for index in range(BATCH * STEPS)]
+    data = context.folder / "training.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    system = DRIVERS["peft"]
+    python = context.options.python.get("peft", str(PROJECT / system.python))
+    has_peer = "peft" in context.options.systems and ((PROJECT / system.needs).exists() or "peft" in context.options.python)
+    rows, found = [], {}
+    for dtype in context.options.dtypes:
+        speeds: dict[str, list[float]] = {"ours": [], "peft": []}
+        for turn in range(context.options.repeat):
+            speeds["ours"].append(_ours(context, data, dtype, turn))
+            if has_peer:
+                speeds["peft"].append(_theirs(context, python, texts, dtype))
+            context.say(f"  {dtype}: " + ", ".join(f"{name} {values[-1]:.0f}" for name, values in speeds.items() if values))
+        found[dtype] = speeds
+        ours = arithmetic.Spread.of(speeds["ours"])
+        row = [dtype, f"{ours.median:.0f} ({ours.low:.0f} to {ours.high:.0f})", "", ""]
+        if has_peer:
+            theirs, ratio = arithmetic.Spread.of(speeds["peft"]), arithmetic.ratio(speeds["ours"], speeds["peft"])
+            row[2:] = [f"{theirs.median:.0f} ({theirs.low:.0f} to {theirs.high:.0f})", f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"]
+        rows.append(row)
+    return {
+        "title": f"Training, tokens/s: rank {RANK}, all linear layers, batch {BATCH} x {LENGTH}, AdamW",
+        "columns": ["", "training.sft", "PEFT + torch", "ratio"],
+        "rows": rows,
+        "note": f"Median of {STEPS - WARM_UP} steps after {WARM_UP}. In bfloat16 PEFT runs under autocast, over float32 weights.",
+        "speeds": found,
+    }
+
+
+def _ours(context: Context, data: Any, dtype: str, turn: int) -> float:
+    run = context.folder / f"training-{dtype}-{turn}"
+    options = {
+        "data": data, "name": "bench/trained", "run": run, "max-steps": STEPS, "batch-size": BATCH, "micro-batch-size": BATCH,
+        "max-length": LENGTH, "buckets": 1, "rank": RANK, "alpha": 2 * RANK, "lr": LEARNING_RATE, "schedule": "constant", "warmup": 0, "dtype": dtype,
+    }  # fmt: skip
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    environ = dataclasses.replace(context.settings, dtype=dtype).environment()
+    with (context.folder / "training.log").open("ab") as log:
+        command = [sys.executable, "-m", "training.sft", *arguments, "--no-publish"]
+        code = subprocess.run(command, cwd=PROJECT, stdout=log, stderr=log, env={**os.environ, **environ}).returncode
+    if code:
+        raise DriverFailed(f"training.sft ended with {code}; its log is {log.name}")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median([line["tokens_per_second"] for line in lines if "tokens_per_second" in line][WARM_UP:])
+
+
+def _theirs(context: Context, python: str, texts: list[str], dtype: str) -> float:
+    worker = Worker("peft", python, DRIVERS["peft"].module, context.folder / "training-peft.log", PROJECT)
+    try:
+        arguments = {"model": str(context.model), "texts": texts, "dtype": dtype, "batch": BATCH, "rank": RANK, "lr": LEARNING_RATE}
+        seconds = worker.call("train", **arguments)
+    finally:
+        worker.stop()
+    return BATCH * LENGTH / statistics.median(seconds[WARM_UP:])
+
