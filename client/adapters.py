@@ -1,7 +1,7 @@
 """`python -m client.adapters`: what a server serves, and changing it.
 
-`list` and `show` ask the server; `publish`, `serve` and `unload` also write into its adapter store, which must be on this machine;
-`merge` needs the store only.
+`list` and `show` ask the server; `publish`, `serve` and `unload` also write into its adapter store, which must be on this
+machine; `merge` needs the store only.
 """
 
 import argparse
@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(_merge, "write a checkpoint of the base model (MODEL) with an adapter merged into it", store=True)
     sub.add_argument("name", metavar="USER/NAME[@VERSION]", type=_name)
     sub.add_argument("--output", metavar="DIR", type=pathlib.Path, required=True, help="a folder that does not exist yet")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights (default: that of the base model's)")
+    sub.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights (default: that of the base model's)"
+    )
     return parser
 
 
@@ -146,7 +148,9 @@ def _publish(arguments: argparse.Namespace) -> None:
     print(f"{arguments.name}@{done.version} is live")
     if done.serving != done.version:
         answers = f"version {done.serving} answers" if done.serving else "nothing answers"
-        print(f"{answers} to {arguments.name}, as its policy says; `serve {arguments.name} --version {done.version}` changes that")
+        print(
+            f"{answers} to {arguments.name}, as its policy says; `serve {arguments.name} --version {done.version}` changes that"
+        )
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -173,7 +177,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _newest(name: AdapterName, store: pathlib.Path, settings: Settings) -> AdapterName:
-    """The version that answers to a name: what the server last said, or what the store says where no server has looked at it yet."""
+    """The version that answers to a name: as the server last said, or as the store says where no server has looked at it yet."""
     catalogue = CatalogueReader(catalogue_path(settings.cache_dir, store)).current()
     if name.unpinned in catalogue.adapters:
         return catalogue.resolve(name).name

@@ -1,7 +1,7 @@
-"""The client of a server for asyncio: the methods of `Client`, awaited. One event loop uses it; all tasks on it may do so at once."""
+"""The client of a server for asyncio: the methods of `Client`, awaited. All tasks of one event loop may use it at once."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Self, Unpack
 
 import grpc
@@ -10,12 +10,12 @@ from tritonclient.grpc import service_pb2_grpc
 from client import catalogue, errors, wire
 from client.answers import Chunk, Completion, check_ended, joined
 from client.requests import Message, Prompt, Sampling, fields_of
-from jaxlora.errors import Cancelled
+from jaxlora.errors import Cancelled, ServingError
 
 
 class AsyncStream(AsyncIterator[Chunk]):
-    """An answer on its way. `close`, the end of an `async with` block, dropping the object, and cancelling the task that waits for a
-    chunk all cancel what has not come yet. Leaving an `async for` early does so once the object is dropped."""
+    """An answer on its way. `close`, the end of an `async with` block, dropping the object, and cancelling the task that waits
+    for a chunk all cancel what has not come yet. Leaving an `async for` early does so once the object is dropped."""
 
     def __init__(self, call: grpc.aio.StreamStreamCall, url: str):
         self._call, self._url = call, url
@@ -115,18 +115,15 @@ class AsyncClient:
     async def adapters(self, *, user: str | None = None, name: str | None = None) -> list[catalogue.Adapter]:
         """The catalogue: all adapters, those of a user, or the one of that name."""
         request = wire.catalogue_request(catalogue.query(user, name))
-        try:
-            response = await self._stub.ModelInfer(request, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise errors.from_rpc(error, self.url) from None
-        return catalogue.parse(wire.catalogue_result(response))
+        return catalogue.parse(wire.catalogue_result(await self._call(self._stub.ModelInfer, request, errors.from_rpc)))
+
+    async def is_ready(self) -> bool:
+        """Whether the server and its models are ready."""
+        return (await self._call(self._stub.ServerReady, wire.pb.ServerReadyRequest(), errors.from_rpc)).ready
 
     async def load_adapters(self) -> None:
         """Makes live what is new in the adapter store. Raises AdapterInvalid if something new was refused."""
-        try:
-            await self._stub.RepositoryModelLoad(wire.load_request(), metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise errors.from_load(error, self.url) from None
+        await self._call(self._stub.RepositoryModelLoad, wire.load_request(), errors.from_load)
 
     async def close(self) -> None:
         """Ends requests that are under way and the connection."""
@@ -137,6 +134,12 @@ class AsyncClient:
 
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
+
+    async def _call(self, method: Any, request: Any, error_of: Callable[[grpc.RpcError, str], ServingError]) -> Any:
+        try:
+            return await method(request, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error, self.url) from None
 
     def _stream(
         self, prompt: Prompt, adapter: str | None, timeout_s: float | None, stream: bool, sampling: Mapping[str, Any]

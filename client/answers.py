@@ -19,7 +19,7 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """The log-probability (natural, before temperature) of one token in one place; `rank` counts from 1, None: not among the best."""
+    """The natural log-probability of one token in one place, before temperature. `rank` counts from 1, or is None."""
 
     id: int
     text: str
@@ -35,9 +35,9 @@ Logprobs = tuple[tuple[TokenLogprob, ...], ...]
 class End:
     """What is known of an answer when it is complete.
 
-    `finish_reason` is `stop` or `length`. `adapter` is the version that answered, such as `alice/sql@3`; empty for the base model.
-    `metrics` has times in ms and more: `queue_ms`, `prefill_ms`, `ttft_ms`, `decode_ms`, `tokens_per_second`, `peak_memory_bytes`,
-    `adapter_sha256`.
+    `finish_reason` is `stop` or `length`. `adapter` is the version that answered, such as `alice/sql@3`; empty for the base
+    model. `metrics` has times in ms and more: `queue_ms`, `prefill_ms`, `ttft_ms`, `decode_ms`, `tokens_per_second`,
+    `peak_memory_bytes`, `adapter_sha256`.
     """
 
     finish_reason: str

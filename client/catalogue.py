@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """One version of an adapter. `state` is `ready` or `rejected`, and then `problems` says why. Sizes are in bytes, times in Unix seconds."""
+    """One version of an adapter. `state` is `ready` or `rejected`; then `problems` says why. `published` is in Unix seconds."""
 
     version: int
     state: str

@@ -5,7 +5,7 @@ Reads messages line by line, from a terminal or a pipe. Knows no server: any Lan
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from client import terminal
@@ -45,9 +45,9 @@ class Conversation:
             self._client.adapters(name=name)
         self.adapter = None if name == "base" else name
 
-    def say(self, text: str) -> Iterable[str]:
-        """The answer to a message, piece by piece. Message and answer become part of the conversation, a part of an answer that was
-        cancelled too; not where there is no answer at all."""
+    def say(self, text: str) -> Generator[str, None, None]:
+        """The answer to a message, piece by piece. Message and answer become part of the conversation, a part of an answer that
+        was cancelled too; not where there is no answer at all."""
         asked = [*self.messages, {"role": "user", "content": text}]
         answer = ""
         try:
@@ -67,7 +67,9 @@ class Conversation:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and gives its exit code."""
-    parser = argparse.ArgumentParser("python -m client.chat", description="Chats with the model.", epilog="In the chat, /help tells more.")
+    parser = argparse.ArgumentParser(
+        "python -m client.chat", description="Chats with the model.", epilog="In the chat, /help tells more."
+    )
     terminal.add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     terminal.add_sampling(parser)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from client import terminal
 from client.answers import Completion
-from client.interface import LanguageModel
 from client.requests import Prompt
 
 
@@ -22,10 +21,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m client.generate", description="Answers one prompt.")
     parser.add_argument("prompt", nargs="?", help="text to continue; default, and `-`: what comes on stdin")
     terminal.add_model(parser)
-    parser.add_argument("--chat", action="store_true", help="take the prompt as a user's message rather than as a text to continue")
+    parser.add_argument(
+        "--chat", action="store_true", help="take the prompt as a user's message rather than as a text to continue"
+    )
     parser.add_argument("--system", metavar="TEXT", help="system message; implies --chat")
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="print the answer, its token counts and timings as JSON, when it is complete")
+    output.add_argument(
+        "--json", action="store_true", help="print the answer, its token counts and timings as JSON, when it is complete"
+    )
     output.add_argument("--stats", action="store_true", help="print token counts and timings to stderr in the end")
     parser.add_argument("--timeout", type=float, metavar="S", help="bound on the whole request, in seconds")
     terminal.add_sampling(parser)
@@ -34,11 +37,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> None:
     prompt = _prompt(arguments)
+    settings = {"adapter": arguments.adapter, "timeout_s": arguments.timeout, **terminal.sampling(arguments)}
     with terminal.connect(arguments) as client:
         if arguments.json:
-            print(json.dumps(dataclasses.asdict(_answer(client, prompt, arguments)), ensure_ascii=False, indent=2))
+            print(json.dumps(dataclasses.asdict(client.generate(prompt, **settings)), ensure_ascii=False, indent=2))
             return
-        with client.stream(prompt, **_settings(arguments)) as stream:
+        with client.stream(prompt, **settings) as stream:
             for chunk in stream:
                 print(chunk.text, end="", flush=True)
             print()
@@ -50,17 +54,10 @@ def summary(completion: Completion) -> str:
     """Token counts and speed on one line."""
     usage, metrics = completion.usage, completion.metrics
     return (
-        f"{completion.adapter or 'base model'}: {usage.prompt_tokens} + {usage.completion_tokens} tokens, ended by {completion.finish_reason}; "
+        f"{completion.adapter or 'base model'}: {usage.prompt_tokens} + {usage.completion_tokens} tokens, "
+        f"ended by {completion.finish_reason}; "
         f"first token after {metrics['ttft_ms']:.0f} ms, then {metrics['tokens_per_second']:.1f} tokens/s"
     )
-
-
-def _answer(client: LanguageModel, prompt: Prompt, arguments: argparse.Namespace) -> Completion:
-    return client.generate(prompt, **_settings(arguments))
-
-
-def _settings(arguments: argparse.Namespace) -> dict:
-    return {"adapter": arguments.adapter, "timeout_s": arguments.timeout, **terminal.sampling(arguments)}
 
 
 def _prompt(arguments: argparse.Namespace) -> Prompt:

@@ -23,8 +23,8 @@ class Responses(Protocol):
 class Stream(Iterator[Chunk]):
     """An answer on its way: an iterator of chunks. The request has been sent when it is made.
 
-    Leaving the loop, `close`, the end of a `with` block and dropping the object all cancel what has not come yet. One thread reads it;
-    `close` may be called from another one, which ends the loop.
+    Leaving the loop, `close`, the end of a `with` block and dropping the object all cancel what has not come yet. One thread
+    reads it; `close` may be called from another one, which ends the loop.
     """
 
     def __init__(self, responses: Responses):
@@ -77,8 +77,9 @@ class Stream(Iterator[Chunk]):
 class LanguageModel(abc.ABC):
     """A base model with its adapters. Any thread may call any method, and many requests may be under way at once.
 
-    All methods raise the errors of `jaxlora.errors`: InvalidRequest names each bad field and its bound, AdapterNotFound what exists
-    instead, Unavailable that a queue is full, RequestTimeout, EngineError; a client of a server raises ServerUnreachable as well.
+    All methods raise the errors of `jaxlora.errors`: InvalidRequest names each bad field and its bound, AdapterNotFound what
+    exists instead, Unavailable that a queue is full, RequestTimeout, EngineError; a client of a server raises ServerUnreachable
+    as well.
     """
 
     def generate(

@@ -3,6 +3,7 @@
 Loads the base model and compiles for it, as a server does when it starts.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -13,9 +14,9 @@ from typing import Any
 
 from client.answers import Chunk, End, logprobs_of
 from client.interface import LanguageModel, Responses
-from jaxlora.adapters import CatalogueReader, refresh
+from jaxlora.adapters import CatalogueReader, Report, refresh
 from jaxlora.adapters.query import answer
-from jaxlora.errors import AdapterInvalid, Cancelled, ServingError, Unavailable
+from jaxlora.errors import AdapterInvalid, ServingError
 from jaxlora.peft import Limits
 from jaxlora.service.answers import Ending, Piece
 from jaxlora.service.fields import merge_fields
@@ -28,8 +29,8 @@ from server import repository
 class LocalClient(LanguageModel):
     """A base model with its adapters in this process.
 
-    The store's adapters are checked when it is made. It keeps a catalogue of its own, so it changes nothing for a server over the same
-    store.
+    The store's adapters are checked when it is made. It keeps a catalogue of its own, so it changes nothing for a server over the
+    same store.
 
     Arguments:
         settings: see `jaxlora.settings`; default: what a server that is started here would have.
@@ -53,15 +54,15 @@ class LocalClient(LanguageModel):
         self._folder = tempfile.TemporaryDirectory(prefix="jaxlora-")
         self._path = pathlib.Path(self._folder.name, "catalogue.json")
         self._catalogue = CatalogueReader(self._path)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._folder.cleanup)
             self._service = LoraService(self._settings, self._store, progress, self._catalogue)
-            refresh(self._store, self._path, self._service.config, Limits.of(self._settings))
-        except BaseException:
-            self._folder.cleanup()
-            raise
+            undo.callback(self._service.close)
+            self._refresh()
+            undo.pop_all()
 
     def load_adapters(self) -> None:
-        report = refresh(self._store, self._path, self._service.config, Limits.of(self._settings))
+        report = self._refresh()
         if report.rejected:
             raise AdapterInvalid(report.problems())
 
@@ -77,6 +78,9 @@ class LocalClient(LanguageModel):
         except ServingError as error:
             responses.failed(error)  # told to whoever reads the stream, as a server's refusal is
         return responses
+
+    def _refresh(self) -> Report:
+        return refresh(self._store, self._path, self._service.config, Limits.of(self._settings))
 
     def _query(self, query: bytes) -> bytes:
         return answer(self._catalogue.current(), query)

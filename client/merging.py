@@ -1,7 +1,7 @@
 """Writes a base model with one adapter merged into its weights: an ordinary Hugging Face folder, which no longer needs LoRA.
 
-`W' = W + s B A` for each module of the adapter (Hu et al. 2021), in float32, tensor by tensor: no more than one of them and the adapter
-are in memory. Everything else in the folder is as it was. Runs on NumPy alone.
+`W' = W + s B A` for each module of the adapter (Hu et al. 2021), in float32, tensor by tensor: no more than one of them and the
+adapter are in memory. Everything else in the folder is as it was. Runs on NumPy alone.
 """
 
 import json
@@ -25,7 +25,7 @@ from jaxlora.peft.tensors import DTYPES, TensorFile
 EMBEDDING = "model.embed_tokens.weight"
 _HEAD = f"{OUTPUT_LAYER}.weight"
 _NO_LIMIT = 1 << 62
-# Beside the weights: configuration, tokenizer, chat template, licence. Other formats of the same weights are not merged and stay out.
+# Beside the weights: configuration, tokenizer, chat template, licence. Other formats of the same weights stay out.
 _COPIED = {".json", ".jinja", ".txt", ".model", ".md"}
 
 
@@ -118,7 +118,9 @@ class _Merge:
         dtype, head = np.dtype(DTYPES[_SHORT[self._dtype]]), None
         for name, array in tensors.arrays():
             if array is None:
-                raise SetupError(f"{name} of the base model has type {tensors.tensors[name].dtype}; only {', '.join(DTYPES)} can be merged")
+                raise SetupError(
+                    f"{name} of the base model has type {tensors.tensors[name].dtype}; only {', '.join(DTYPES)} can be merged"
+                )
             if self._tied and name == _HEAD:  # a copy of the embedding that nobody reads
                 continue
             if self._unties and name == EMBEDDING:

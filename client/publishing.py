@@ -1,4 +1,4 @@
-"""Changes what a server serves: writes into its adapter store, asks it to load, and looks in its catalogue whether that took effect.
+"""Changes what a server serves: writes into its adapter store, asks it to load, and looks in its catalogue what came of it.
 
 The store has to be the folder that the server sees. Nothing that was refused stays behind as a version or a policy.
 """
@@ -43,7 +43,8 @@ class Publisher:
 
         Raises:
             AdapterInvalid: it was refused, with every reason; its copy has been moved aside, and what was live stays live.
-            ServerUnreachable: before anything was copied, or with the version in the store, to be looked at when the server loads next.
+            ServerUnreachable: before anything was copied, or with the version in the store, to be looked at when the server loads
+            next.
         """
         self._client.adapters(user=name.user)  # nothing is copied for a server that is not there
         version = publish(pathlib.Path(folder), name, self._store.root, catalogue=self._catalogue)
@@ -60,7 +61,7 @@ class Publisher:
         )
 
     def serve(self, name: AdapterName, serve: Serve) -> int | None:
-        """Sets which version answers to `name`: a number, `latest`, or `none` for taking it out of service. Gives the version that does.
+        """Sets which version answers to `name`: a number, `latest`, or `none` for taking it out of service. Gives that version.
 
         Raises:
             AdapterNotFound: there is no such version that could be served.
@@ -69,7 +70,9 @@ class Publisher:
         adapter = self._look(name)
         ready = [version.version for version in adapter.versions if version.is_ready] if adapter else []
         if adapter is None or (isinstance(serve, int) and serve not in ready):
-            raise AdapterNotFound(f"{name} has no version {serve} that can be served; there are: {', '.join(map(str, ready)) or 'none'}")
+            raise AdapterNotFound(
+                f"{name} has no version {serve} that can be served; there are: {', '.join(map(str, ready)) or 'none'}"
+            )
         path = self._store.adapter_path(name) / POLICY_FILE
         old = path.read_bytes() if path.is_file() else None
         write_policy(self._store.root, name, serve)
@@ -107,4 +110,3 @@ class Publisher:
         os.rename(folder / str(version), aside)
         sync_folder(folder)
         return aside
-

@@ -1,12 +1,12 @@
 """The client of a server, over gRPC.
 
-Each request is a `ModelStreamInfer` call of its own on one shared connection. Triton's streams can carry many requests, but an error
-on a stream does not say which request it belongs to, and a stream can only be cancelled as a whole. HTTP/2 multiplexes the calls
-anyway.
+Each request is a `ModelStreamInfer` call of its own on one shared connection. Triton's streams can carry many requests, but an
+error on a stream does not say which request it belongs to, and a stream can only be cancelled as a whole. HTTP/2 multiplexes the
+calls anyway: with 16 streams at once, a call each was as fast as one shared stream.
 """
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
@@ -15,6 +15,7 @@ from tritonclient.grpc import service_pb2_grpc
 from client import errors, wire
 from client.answers import Chunk
 from client.interface import LanguageModel, Responses
+from jaxlora.errors import ServingError
 
 
 class Client(LanguageModel):
@@ -22,8 +23,8 @@ class Client(LanguageModel):
 
     Arguments:
         url: `host:port` of the server's gRPC endpoint.
-        model: which model answers. With `jax_lora`, closing a stream stops its generation on the server at once. `llm` is the front
-            door of ordinary clients, an ensemble: it gives the same answers, but generates them to their end.
+        model: which model answers. With `jax_lora`, closing a stream stops its generation on the server at once. `llm` is the
+            front door of ordinary clients, an ensemble: it gives the same answers, but generates them to their end.
         headers: metadata for every call, for example the key of a protocol that the server restricts.
     """
 
@@ -40,13 +41,10 @@ class Client(LanguageModel):
         Raises:
             ServerUnreachable: there is no server.
         """
-        return self._call(self._stub.ServerReady, wire.pb.ServerReadyRequest()).ready
+        return self._call(self._stub.ServerReady, wire.pb.ServerReadyRequest(), errors.from_rpc).ready
 
     def load_adapters(self) -> None:
-        try:
-            self._stub.RepositoryModelLoad(wire.load_request(), metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise errors.from_load(error, self.url) from None
+        self._call(self._stub.RepositoryModelLoad, wire.load_request(), errors.from_load)
 
     def close(self) -> None:
         self._channel.close()
@@ -57,13 +55,13 @@ class Client(LanguageModel):
         return _Responses(call, self.url)
 
     def _query(self, query: bytes) -> bytes:
-        return wire.catalogue_result(self._call(self._stub.ModelInfer, wire.catalogue_request(query)))
+        return wire.catalogue_result(self._call(self._stub.ModelInfer, wire.catalogue_request(query), errors.from_rpc))
 
-    def _call(self, method: grpc.UnaryUnaryMultiCallable, request: Any) -> Any:
+    def _call(self, method: Any, request: Any, error_of: Callable[[grpc.RpcError, str], ServingError]) -> Any:
         try:
             return method(request, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise errors.from_rpc(error, self.url) from None
+            raise error_of(error, self.url) from None
 
 
 class _Responses:
@@ -75,8 +73,8 @@ class _Responses:
             response = next(self._call)
             chunk = None if response.error_message else Chunk.of(wire.outputs(response.infer_response))
             if chunk is None or chunk.end is not None:
-                # To the end of the call as well: Triton 2.51 can lose track of a request that is cancelled while it ends, and then
-                # waits for it when it is told to stop.
+                # To the end of the call as well: Triton 2.51 can lose track of a request that is cancelled while it ends, and
+                # then waits for it when it is told to stop.
                 collections.deque(self._call, maxlen=0)
         except grpc.RpcError as error:
             raise errors.from_rpc(error, self._url) from None

@@ -44,13 +44,13 @@ def fields_of(prompt: Prompt, adapter: str | None, stream: bool, sampling: Mappi
     bounds reaches the server's own check.
 
     Raises:
-        InvalidRequest: a text holds half of a surrogate pair, which no encoding can carry.
+        InvalidRequest: a text can't be written as UTF-8: it holds half of a surrogate pair.
     """
     fields: dict[str, Any] = {"stream": stream}
     if isinstance(prompt, str):
         fields["text_input"] = prompt
     else:
-        fields["messages"] = json.dumps([dict(message) for message in prompt], ensure_ascii=False)
+        fields["messages"] = json.dumps(list(prompt), default=dict, ensure_ascii=False)
     if adapter:
         fields["lora_name"] = adapter
     if sampling:
@@ -62,4 +62,4 @@ def _encoded(name: str, text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidRequest({name: f"character {error.start} is half of a surrogate pair"}) from None
+        raise InvalidRequest({name: f"character {error.start} can't be written as UTF-8"}) from None

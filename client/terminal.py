@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from client import wire
@@ -17,13 +17,17 @@ FAILED, INTERRUPTED = 1, 130
 
 def add_server(parser: argparse.ArgumentParser, default: Any = wire.DEFAULT_URL) -> None:
     """`--url`."""
-    parser.add_argument("--url", default=default, metavar="HOST:PORT", help=f"the server's gRPC address (default: {wire.DEFAULT_URL})")
+    parser.add_argument(
+        "--url", default=default, metavar="HOST:PORT", help=f"the server's gRPC address (default: {wire.DEFAULT_URL})"
+    )
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """What names who answers: the server or this process, and the adapter."""
     add_server(parser)
-    parser.add_argument("--local", action="store_true", help="answer in this process, without a server; it loads the model that MODEL names")
+    parser.add_argument(
+        "--local", action="store_true", help="answer in this process, without a server; it loads the model that MODEL names"
+    )
     parser.add_argument("--adapter", metavar="USER/NAME[@VERSION]", help="adapter to answer with (default: the base model)")
 
 
@@ -74,6 +78,9 @@ def run(command: Callable[[], int | None]) -> int:
         # Whoever read the output has had enough. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except UnicodeDecodeError as error:
+        show_error(f"the input is not valid UTF-8 (byte {error.start})")
+        return FAILED
     except OSError as error:
         show_error(f"{error.filename}: {error.strerror}" if error.filename else error)
         return FAILED
@@ -82,8 +89,9 @@ def run(command: Callable[[], int | None]) -> int:
 
 
 def show_error(error: object) -> None:
-    """`error: ...` on stderr."""
-    problems: Sequence[str] = getattr(error, "problems", None) or str(error).splitlines()
-    lines = str(error).splitlines() if isinstance(problems, dict) else problems
-    for line in lines:
+    """`error: ...` on stderr, a line for each problem."""
+    problems = getattr(error, "problems", [str(error)])
+    if isinstance(problems, dict):
+        problems = [f"{field}: {problem}" for field, problem in problems.items()]
+    for line in "\n".join(problems).splitlines():
         print(f"error: {line}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """Between fields and Triton's gRPC messages, and which calls there are. The synchronous and the asynchronous client share this.
 
-Protocol: KServe v2 with Triton's extensions, https://github.com/triton-inference-server/common/blob/main/protobuf/grpc_service.proto
-"""
+Protocol: KServe v2 with Triton's extensions,
+https://github.com/triton-inference-server/common/blob/main/protobuf/grpc_service.proto"""
 
 import struct
 from collections.abc import Mapping

@@ -9,12 +9,23 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from client import Client, ServerUnreachable, errors
-from jaxlora.errors import AdapterInvalid, AdapterNotFound, Cancelled, EngineError, InvalidRequest, RequestTimeout, ServingError, Unavailable
+from jaxlora.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    Cancelled,
+    EngineError,
+    InvalidRequest,
+    RequestTimeout,
+    ServingError,
+    Unavailable,
+)
 
 RAISED = [
     AdapterNotFound("alice/x: no such adapter; alice has: sql"),
     InvalidRequest({"max_tokens": "0 is not between 1 and 2048 (MAX_OUTPUT_TOKENS)"}),
-    InvalidRequest({"top_p": "2 is over: 1; too much", "messages": "[0] has no `role`, [1] has no `role`", "query": "is no JSON"}),
+    InvalidRequest(
+        {"top_p": "2 is over: 1; too much", "messages": "[0] has no `role`, [1] has no `role`", "query": "is no JSON"}
+    ),
     InvalidRequest({"something": "that this client does not know"}),
     Unavailable("the queue is full: 256 requests wait for a slot (MAX_QUEUE)", 1.5),
     Unavailable("the server is shutting down"),
@@ -168,8 +179,18 @@ def test_every_call_carries_the_headers(triton):
     [
         (grpc.StatusCode.NOT_FOUND, "NOT_FOUND: alice/x: no such adapter", AdapterNotFound, "alice/x: no such adapter"),
         (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARG: query: is no JSON", InvalidRequest, "query: is no JSON"),
-        (grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses", ServerUnreachable, "no server answers at .*make serve"),
-        (grpc.StatusCode.UNAVAILABLE, "Request for unknown model: 'adapters' is not found", Unavailable, "not ready.*'adapters' is not found"),
+        (
+            grpc.StatusCode.UNAVAILABLE,
+            "failed to connect to all addresses",
+            ServerUnreachable,
+            "no server answers at .*make serve",
+        ),
+        (
+            grpc.StatusCode.UNAVAILABLE,
+            "Request for unknown model: 'adapters' is not found",
+            Unavailable,
+            "not ready.*'adapters' is not found",
+        ),
         (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE: the server is shutting down", Unavailable, "^the server is shutting down$"),
         (grpc.StatusCode.UNKNOWN, "", EngineError, "UNKNOWN"),
     ],
@@ -185,7 +206,8 @@ def test_a_refused_load_gives_the_reason_without_a_traceback(triton):
     reason = "alice/sql@2: use_dora: is not supported; r: 3 is not 4\nbob/x@1: NaN"
     triton.unary = (
         grpc.StatusCode.INTERNAL,
-        f"load failed for model 'adapters': version 1 is at UNAVAILABLE state: Internal: TritonModelException: {reason}\n\nAt:\n  model.py(9): initialize\n;\n",
+        "load failed for model 'adapters': version 1 is at UNAVAILABLE state: Internal: TritonModelException: "
+        f"{reason}\n\nAt:\n  model.py(9): initialize\n;\n",
     )
     with Client(triton.url) as client, pytest.raises(AdapterInvalid) as caught:
         client.load_adapters()

@@ -36,7 +36,8 @@ def parts(folder: pathlib.Path, architecture: str, variant: str) -> tuple[pathli
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
-    """Within a share of the largest logit: these random models have logits of 30, where float32 alone gives differences of 1e-4."""
+    """Within a share of the largest logit: these random models have logits of 30, where float32 alone gives differences of
+    1e-4."""
     np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
 
 
@@ -60,7 +61,9 @@ def test_a_merged_folder_is_a_whole_checkpoint(tmp_path, architecture):
     (base / "pytorch_model.bin").write_bytes(b"old weights")
     merge(base, adapter, tmp_path / "merged")
     assert resolve(str(tmp_path / "merged"), tmp_path / "cache") == tmp_path / "merged"
-    assert {file.name for file in (tmp_path / "merged").iterdir()} == {file.name for file in base.iterdir()} - {"pytorch_model.bin"}
+    assert {file.name for file in (tmp_path / "merged").iterdir()} == {file.name for file in base.iterdir()} - {
+        "pytorch_model.bin"
+    }
     for name in ("tokenizer.json", "tokenizer_config.json", "LICENSE"):
         assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "merged"))
@@ -133,9 +136,13 @@ def test_the_command_merges_the_version_that_the_policy_serves(tmp_path, monkeyp
     (store / "users/alice/adapters/sql/policy.json").write_text('{"serve": 1}')
     assert run("alice/sql", "served") == 0
     assert "MODEL=" in capsys.readouterr().out
-    assert [json.loads((tmp_path / name / "provenance.json").read_text())["adapter"] for name in ("newest", "first", "served")] == [
-        "alice/sql@2", "alice/sql@1", "alice/sql@1",
-    ]  # fmt: skip
+    assert [
+        json.loads((tmp_path / name / "provenance.json").read_text())["adapter"] for name in ("newest", "first", "served")
+    ] == [
+        "alice/sql@2",
+        "alice/sql@1",
+        "alice/sql@1",
+    ]
     first = peft.read(tmp_path / "attention", ModelConfig.from_folder(base), LIMITS)
     assert_close(logits(tmp_path / "served"), logits(base, first))
     assert run("alice/sql@7", "nothing") == 1

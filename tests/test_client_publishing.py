@@ -1,5 +1,5 @@
-"""Publishing and policies by the command line: what is live afterwards, and what stays behind. The store and its refresh are real,
-the server between them is played."""
+"""Publishing and policies by the command line: what is live afterwards, and what stays behind. The store and its refresh are
+real, the server between them is played."""
 
 import json
 import pathlib
@@ -213,10 +213,18 @@ def test_what_is_listed_and_shown(run, server, tmp_path, store):
 @pytest.mark.parametrize(
     "arguments",
     [
-        [], ["publish", "x"], ["publish", "x", "--name", "no-slash"], ["publish", "x", "--name", "../../etc"], ["publish", "x", "--name", "a/b@1"],
-        ["serve", "a/b", "--version", "0"], ["serve", "a/b", "--version", "newest"], ["serve", "a/b"], ["show", "a/b@0"], ["unload", "a/b@1"],
+        [],
+        ["publish", "x"],
+        ["publish", "x", "--name", "no-slash"],
+        ["publish", "x", "--name", "../../etc"],
+        ["publish", "x", "--name", "a/b@1"],
+        ["serve", "a/b", "--version", "0"],
+        ["serve", "a/b", "--version", "newest"],
+        ["serve", "a/b"],
+        ["show", "a/b@0"],
+        ["unload", "a/b@1"],
     ],
-)  # fmt: skip
+)
 def test_a_wrong_command_line_is_a_usage_error(server, arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         command.main(arguments)

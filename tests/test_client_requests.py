@@ -10,12 +10,26 @@ from jaxlora.errors import InvalidRequest
 from jaxlora.service.fields import FIELDS, merge_fields
 from jaxlora.settings import Settings
 
-# The prompt itself, what the client has arguments of its own for, what it gets without asking, and what is only there for other clients.
+# The prompt itself, what the client has arguments of its own for, what it gets without asking, and what is only there for other
+# clients.
 OTHER = {
-    "text_input", "messages", "stream", "sampling_parameters", "lora_name", "lora_task_id", "length_penalty", "beam_width", "n", "best_of",
-    "use_beam_search", "return_num_input_tokens", "return_num_output_tokens", "return_finish_reason", "return_cumulative_logprob",
+    "text_input",
+    "messages",
+    "stream",
+    "sampling_parameters",
+    "lora_name",
+    "lora_task_id",
+    "length_penalty",
+    "beam_width",
+    "n",
+    "best_of",
+    "use_beam_search",
+    "return_num_input_tokens",
+    "return_num_output_tokens",
+    "return_finish_reason",
+    "return_cumulative_logprob",
     "return_logprobs",
-}  # fmt: skip
+}
 
 
 def test_every_setting_of_a_request_is_offered_under_its_name():
@@ -23,11 +37,22 @@ def test_every_setting_of_a_request_is_offered_under_its_name():
 
 
 def test_the_server_reads_what_was_meant():
-    sampling = {"temperature": 0.7, "seed": 2**64 - 1, "stop_words": ["\n\n", "日本"], "stop_token_ids": [3], "logprobs": 2, "ignore_eos": True}
+    sampling = {
+        "temperature": 0.7,
+        "seed": 2**64 - 1,
+        "stop_words": ["\n\n", "日本"],
+        "stop_token_ids": [3],
+        "logprobs": 2,
+        "ignore_eos": True,
+    }
     fields = merge_fields(fields_of("naïve 🙂", "alice/sql@2", True, sampling), {}, Settings())
     assert fields == sampling | {
-        "text_input": "naïve 🙂", "lora_name": "alice/sql@2", "stream": True, "stop_words": ("\n\n", "日本"), "stop_token_ids": (3,),
-    }  # fmt: skip
+        "text_input": "naïve 🙂",
+        "lora_name": "alice/sql@2",
+        "stream": True,
+        "stop_words": ("\n\n", "日本"),
+        "stop_token_ids": (3,),
+    }
 
 
 def test_messages_go_as_messages():
@@ -39,7 +64,11 @@ def test_messages_go_as_messages():
 @pytest.mark.parametrize("field", ["text_input", "lora_name", "sampling_parameters"])
 def test_text_that_cannot_be_encoded_is_refused_by_its_field(field):
     bad = "a\ud800"
-    arguments = {"text_input": (bad, None, {}), "lora_name": ("x", bad, {}), "sampling_parameters": ("x", None, {"stop_words": [bad]})}
+    arguments = {
+        "text_input": (bad, None, {}),
+        "lora_name": ("x", bad, {}),
+        "sampling_parameters": ("x", None, {"stop_words": [bad]}),
+    }
     prompt, adapter, sampling = arguments[field]
     with pytest.raises(InvalidRequest) as caught:
         fields_of(prompt, adapter, False, sampling)
@@ -49,6 +78,9 @@ def test_text_that_cannot_be_encoded_is_refused_by_its_field(field):
 def test_the_tensors_have_the_shape_of_one_row():
     request = infer_request("jax_lora", fields_of("Hi", "alice/sql", True, {"max_tokens": 3}), timeout_s=1.5)
     assert {tensor.name: (tensor.datatype, list(tensor.shape)) for tensor in request.inputs} == {
-        "text_input": ("BYTES", [1, 1]), "lora_name": ("BYTES", [1, 1]), "stream": ("BOOL", [1, 1]), "sampling_parameters": ("BYTES", [1, 1]),
-    }  # fmt: skip
+        "text_input": ("BYTES", [1, 1]),
+        "lora_name": ("BYTES", [1, 1]),
+        "stream": ("BOOL", [1, 1]),
+        "sampling_parameters": ("BYTES", [1, 1]),
+    }
     assert request.parameters["timeout"].int64_param == 1_500_000

@@ -64,7 +64,9 @@ def server(tmp_path_factory, model):
     cache = Settings.read().cache_dir  # with the compiled kernels
     with serving(tmp_path_factory.mktemp("client"), model=str(model), cache_dir=cache, **LIMITS) as started:
         for name, variant in ADAPTERS.items():
-            publish(checkpoints.write_adapter(tmp_path_factory.mktemp("adapter") / "folder", "llama", variant), name, started.store)
+            publish(
+                checkpoints.write_adapter(tmp_path_factory.mktemp("adapter") / "folder", "llama", variant), name, started.store
+            )
         with Client(started.grpc_url) as client:
             client.load_adapters()
         yield started
@@ -152,11 +154,15 @@ def test_the_asynchronous_client_gives_the_same(server, local):
 
             async def one(prompt, arguments, stream):
                 try:
-                    return await (client.stream(prompt, **arguments).completion() if stream else client.generate(prompt, **arguments))
+                    return await (
+                        client.stream(prompt, **arguments).completion() if stream else client.generate(prompt, **arguments)
+                    )
                 except ServingError as error:
                     return type(error), str(error), getattr(error, "problems", None)
 
-            return await asyncio.gather(*(one(*request, stream) for request in work for stream in (True, False))), await client.adapters()
+            return await asyncio.gather(
+                *(one(*request, stream) for request in work for stream in (True, False))
+            ), await client.adapters()
 
     work = [*REQUESTS.values(), *REFUSED.values()]
     found, adapters = asyncio.run(all_at_once())
