@@ -101,13 +101,13 @@ class _Merge:
     def _own_dtype(self) -> str:
         found = set()
         for file in self._files:
-            with TensorFile(file, _NO_LIMIT) as tensors:
+            with _opened(file) as tensors:
                 found.update(at.dtype for at in tensors.tensors.values())
         return DTYPES[found.pop()].name if len(found) == 1 and found <= set(DTYPES) else "float32"
 
     def _write(self, file: pathlib.Path) -> list[str]:
         """Merges one file of weights; gives the names of its tensors."""
-        with TensorFile(file, _NO_LIMIT) as tensors:
+        with _opened(file) as tensors:
             shapes = {name: at.shape for name, at in tensors.tensors.items() if not (self._tied and name == _HEAD)}
             if self._unties and EMBEDDING in shapes:
                 shapes[_HEAD] = shapes[EMBEDDING]
@@ -132,6 +132,11 @@ class _Merge:
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         (self._folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _opened(file: pathlib.Path) -> TensorFile:
+    # The files of the hub's cache are links, which an adapter's files may not be.
+    return TensorFile(file.resolve(), max_bytes=_NO_LIMIT)
 
 
 _SHORT = {dtype.name: short for short, dtype in DTYPES.items()}

@@ -102,6 +102,18 @@ def test_the_type_is_that_of_the_base_unless_another_is_asked_for(tmp_path):
     assert_close(logits(tmp_path / "same"), expected, tolerance=0.05)
 
 
+def test_a_base_of_links_as_in_the_hubs_cache_is_merged(tmp_path):
+    base, adapter = parts(tmp_path, "llama", "attention")
+    merge(base, adapter, tmp_path / "merged")
+    (tmp_path / "snapshot").mkdir()
+    for file in base.iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    merge(tmp_path / "snapshot", adapter, tmp_path / "other")
+    for file in (tmp_path / "merged").iterdir():
+        other = tmp_path / "other" / file.name
+        assert not other.is_symlink() and other.read_bytes() == file.read_bytes()
+
+
 def test_nothing_is_left_where_it_fails(tmp_path):
     base, adapter = parts(tmp_path, "llama", "attention")
     tensors = load_file(base / "model.safetensors")
