@@ -30,6 +30,10 @@ help: ## show this list
 serve: $(SERVE) ## start the server in the foreground; Ctrl-C stops it
 	@exec .venv/bin/python -m server
 
+.PHONY: train
+train: $(SERVE) ## fine-tune an adapter (ARGS="--data my.jsonl --name alice/sql"; without: a small example)
+	@.venv/bin/python -m $(if $(ARGS),training.sft $(ARGS),training.demo)
+
 .PHONY: test
 test: $(SERVE) ## run the tests, with a real Triton (ARGS="-k name" selects some)
 	@.venv/bin/python -m pytest $(ARGS)

@@ -19,7 +19,7 @@ from training.task import say
 NAME = "demo/frames"
 FOLDER = pathlib.Path("runs/demo")
 EXAMPLES = 240
-OPTIONS = ("--epochs", "1", "--batch-size", "8", "--rank", "8", "--lr", "2e-3", "--schedule", "linear", "--buckets", "1", "--eval-share", "0.05")
+OPTIONS = ("--max-steps", "16", "--batch-size", "8", "--rank", "8", "--lr", "2e-3", "--schedule", "linear", "--buckets", "1", "--eval-share", "0.05")
 QUESTION = "Please get me a table for nine people in Lisbon on Sunday"
 
 _NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
