@@ -35,6 +35,9 @@ class Backend(Protocol):
     def linears(self, config: ModelConfig, weights: Weights, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
         """The model's linear layers with the adapter of bank slot `row_slots[b]` (int32 `[B]`, -1: none) applied to row b."""
 
+    def argmax_logsumexp(self, logits: Array) -> tuple[Array, Array]:
+        """The first largest of each row of `[B, V]`, and the logarithm of its summed exponentials."""
+
     def attend(
         self, q: Array, k: Array, v: Array, k_cache: Array, v_cache: Array, rows: Rows, window: int
     ) -> tuple[Array, Array, Array]:
@@ -56,6 +59,9 @@ class XlaBackend:
 
     def linears(self, config: ModelConfig, weights: Weights, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
         return plain_linears(config, weights, lora.adapt_rows(layout, bank, row_slots))
+
+    def argmax_logsumexp(self, logits: Array) -> tuple[Array, Array]:
+        return native.twin_argmax_logsumexp(logits)
 
     def attend(
         self, q: Array, k: Array, v: Array, k_cache: Array, v_cache: Array, rows: Rows, window: int
@@ -134,6 +140,9 @@ class NativeBackend:
             return tuple(jnp.split(y, ends, axis=-1))
 
         return linears
+
+    def argmax_logsumexp(self, logits: Array) -> tuple[Array, Array]:
+        return native.Kernels.argmax_logsumexp(logits)
 
     def attend(
         self, q: Array, k: Array, v: Array, k_cache: Array, v_cache: Array, rows: Rows, window: int

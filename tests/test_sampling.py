@@ -8,6 +8,7 @@ import pytest
 
 from jaxlora.engine import sampling
 from jaxlora.engine.program import neutral_sampler
+from jaxlora.native import twin_argmax_logsumexp
 
 VOCAB = 50
 ROWS = 4
@@ -29,7 +30,8 @@ def run(logits, positions=None, history=None, **settings):
             array[:] = value
     positions = np.zeros(rows, np.int32) if positions is None else np.asarray(positions, np.int32)
     history = history or sampling.History.empty(rows, vocab)
-    return jax.device_get(jax.jit(sampling.sample)(logits, sampler, positions, history, np.arange(rows, dtype=np.int32)))
+    step = jax.jit(sampling.sample, static_argnames="summarize")
+    return jax.device_get(step(logits, sampler, positions, history, np.arange(rows, dtype=np.int32), twin_argmax_logsumexp))
 
 
 def softmax(x):

@@ -118,7 +118,7 @@ class Program:
         history = state.history
         if length > 1:
             history = sampling.record_prompt(history, slots, tokens, starts, lengths)
-        sampled = sampling.sample(logits, sampler, starts + lengths, history, slots)
+        sampled = sampling.sample(logits, sampler, starts + lengths, history, slots, self.backend.argmax_logsumexp)
         history = sampling.record_answer(history, slots, sampled.tokens, emit)
         return State(KVCache(tuple(keys), tuple(values)), history), sampled
 

@@ -4,6 +4,8 @@ A row's choice depends on its own logits, settings, seed and position only: ever
 rows of a batch nor the batch size can change it. Letters in shapes: B rows, V vocabulary, S slots.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -75,21 +77,33 @@ def record_answer(history: History, slots: Array, tokens: Array, live: Array) ->
     return History(history.prompt, answer)
 
 
-def sample(logits: Array, rows: SamplerRows, positions: Array, history: History, slots: Array) -> Sampled:
+# summarize(logits [B, V]) -> the first largest of each row, int32 `[B]`, and the logarithm of the row's summed exponentials `[B]`.
+Summarize = Callable[[Array], tuple[Array, Array]]
+
+
+def sample(
+    logits: Array, rows: SamplerRows, positions: Array, history: History, slots: Array, summarize: Summarize
+) -> Sampled:
     """The next token of every row from `logits` float32 `[B, V]`; `positions` int32 `[B]` is where that token will stand.
 
-    Log-probabilities are those of the model itself, before penalties, temperature and filters.
+    Log-probabilities are those of the model itself, before penalties, temperature and filters. A batch in which nobody asks for any of
+    these pays for none of them, and its rows come out as they would beside ones that do.
     """
     batch, vocab = logits.shape
+    best, total = summarize(logits)
     penalised = jnp.any((rows.repetition != 1) | (rows.frequency != 0) | (rows.presence != 0))
-    shaped = jax.lax.cond(penalised, lambda: _penalise(logits, rows, history, slots), lambda: logits)
-    shaped = shaped.at[jnp.arange(batch)[:, None], rows.banned].set(-jnp.inf, mode="drop")
-    best = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
     warm = rows.temperature > 0
-    tokens = jax.lax.cond(jnp.any(warm), lambda: jnp.where(warm, _draw(shaped, rows, positions), best), lambda: best)
+
+    def shaped() -> Array:
+        shaped = jax.lax.cond(penalised, lambda: _penalise(logits, rows, history, slots), lambda: logits)
+        shaped = shaped.at[jnp.arange(batch)[:, None], rows.banned].set(-jnp.inf, mode="drop")
+        best, _ = summarize(shaped)
+        return jax.lax.cond(jnp.any(warm), lambda: jnp.where(warm, _draw(shaped, rows, positions), best), lambda: best)
+
+    tokens = jax.lax.cond(penalised | jnp.any(warm) | jnp.any(rows.banned < vocab), shaped, lambda: best)
     nothing = (jnp.zeros(batch), jnp.zeros((batch, TOP), jnp.int32), jnp.zeros((batch, TOP)))
-    logprobs, top_ids, top_logprobs = jax.lax.cond(jnp.any(rows.logprobs), lambda: _logprobs(logits, tokens), lambda: nothing)
-    return Sampled(tokens, logprobs, top_ids, top_logprobs, jnp.isfinite(logits.max(axis=-1)))
+    logprobs = jax.lax.cond(jnp.any(rows.logprobs), lambda: _logprobs(logits, total, tokens), lambda: nothing)
+    return Sampled(tokens, *logprobs, jnp.isfinite(total))
 
 
 def _penalise(logits: Array, rows: SamplerRows, history: History, slots: Array) -> Array:
@@ -143,10 +157,9 @@ def _ordered(x: Array) -> Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(0x80000000))
 
 
-def _logprobs(logits: Array, tokens: Array) -> tuple[Array, Array, Array]:
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+def _logprobs(logits: Array, total: Array, tokens: Array) -> tuple[Array, Array, Array]:
     top = min(TOP, logits.shape[1])
     values, ids = jax.lax.top_k(logits, top)
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - total
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - total
     pad = ((0, 0), (0, TOP - top))
-    return chosen[:, 0], jnp.pad(ids.astype(jnp.int32), pad), jnp.pad(values - total, pad, constant_values=-jnp.inf)
+    return chosen, jnp.pad(ids.astype(jnp.int32), pad), jnp.pad(values - total[:, None], pad, constant_values=-jnp.inf)
