@@ -4,12 +4,14 @@ import contextlib
 import json
 import pathlib
 import shutil
+import threading
 import time
 import urllib.request
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from client import top
 from jaxlora.adapters import publish
 from jaxlora.service.metrics import HISTOGRAM, METRICS
 
@@ -73,8 +75,6 @@ def busy(operated, before) -> Samples:
             next(stream)
         waiting = [grpc.stream("jax_lora", text_input="hi", lora_name="alice/attention", timeout_us=1_500_000, stream=True)]
         waiting.append(grpc.stream("jax_lora", text_input="hi", lora_name="alice/rslora", max_tokens=3, stream=True))
-        import threading
-
         outcomes = []
 
         def read(stream):
@@ -216,3 +216,9 @@ def test_each_request_has_its_line_and_no_prompt_is_in_it(after, log):
     assert first["prompt_tokens"] == len(SECRET) and first["queue_ms"] <= first["ttft_ms"] <= first["total_ms"]
     assert [line["reason"] for line in lines if line["request_id"] == "bad"] == ["invalid", "invalid", "adapter_not_found", "adapter_not_found"]
     assert {"queue_full", "queue_timeout", "cancelled"} <= {line["reason"] for line in lines}
+
+
+def test_the_live_view_shows_it(after, operated, capsys):
+    assert top.main(["--url", operated.metrics_url, "--once", "--interval", "0.1"]) == 0
+    text = capsys.readouterr().out
+    assert "0 of 2 run, 0 wait" in text and "base" in text and "device 1 of 1" in text
