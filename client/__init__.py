@@ -4,19 +4,20 @@
         for chunk in client.stream("The capital of France is", adapter="alice/sql", max_tokens=24):
             print(chunk.text, end="", flush=True)
 
-Errors are those of `jaxlora.errors`, whichever of the three raised them, and `ServerUnreachable`.
+Errors are those of `jaxlora.errors`, whichever of the three raised them, `ServerUnreachable` and `AccessDenied`.
 """
 
 from typing import Any
 
 from client.answers import Chunk, Completion, Usage
 from client.catalogue import Adapter, Version
-from client.errors import ServerUnreachable
+from client.errors import AccessDenied, ServerUnreachable
 from client.interface import LanguageModel, Stream
 from client.remote import Client
 from client.requests import Message, Prompt, Sampling
 
 __all__ = [
+    "AccessDenied",
     "Adapter",
     "AsyncClient",
     "Chunk",
