@@ -6,7 +6,7 @@ from concurrent.futures import Future
 
 from jaxlora.backend import Backend
 from jaxlora.config import ModelConfig
-from jaxlora.engine import Engine, Program, Request, Result, SamplingParams, Sizes, Token
+from jaxlora.engine import Engine, Limits, Program, Request, Result, SamplingParams, Sizes, Token
 from jaxlora.errors import ServingError
 from jaxlora.peft import LoraAdapter
 from jaxlora.weights import Weights
@@ -56,7 +56,7 @@ def answers(
         found.set_result(adapters[name])
         return found
 
-    engine = Engine(Program(config, weights, backend, sizes, dtype), read)
+    engine = Engine(Program(config, weights, backend, sizes, dtype), read, Limits(queue_timeout_s=TIMEOUT_S))
     try:
         sinks = []
         for adapter, prompt in prompts:
