@@ -40,7 +40,7 @@ test: $(SERVE) ## run the tests, with a real Triton (ARGS="-k name" selects some
 
 .PHONY: test-parity
 test-parity: $(PARITY) ## compare with Transformers and PEFT, live
-	@.venv-parity/bin/python -m pytest tests/parity tests/test_text_chat.py tests/test_text_tokenizer.py $(ARGS)
+	@.venv-parity/bin/python -m pytest tests/parity tests/test_text_chat.py tests/test_text_tokenizer.py $(wildcard tests/training/test_*_parity.py) $(ARGS)
 
 .PHONY: test-next
 test-next: $(NEXT) ## run the library's tests on the newest JAX and NumPy 2

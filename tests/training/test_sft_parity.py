@@ -5,10 +5,17 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
+import optax
 import pytest
 
+from jaxlora import peft
+from jaxlora.lora import Adapter
+from jaxlora.model import logits
+from training.lora_init import new_adapter, to_peft
 from training.losses.sft import sft
+from training.step import StepOptions, make_step, new_state
 
 from . import preference_model, preference_runs as runs
 from .preference_model import Model
@@ -50,3 +57,27 @@ def test_sft_trains_as_in_peft(record: dict[str, Any], model: Model) -> None:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=TOLERANCE, err_msg=name)
         assert abs(np.mean(ours[name] / np.array(theirs[name]) - 1)) < DRIFT, name
     assert theirs["loss"][-1] != pytest.approx(theirs["loss"][0], rel=1e-2)
+
+
+@pytest.mark.skipif("fresh" not in SOURCES, reason="PEFT is not installed: `make test-parity` runs this")
+def test_peft_answers_as_we_do_with_an_adapter_that_was_trained_here(model: Model, tmp_path: pathlib.Path) -> None:
+    import torch
+    from peft import PeftModel
+
+    from tests.parity.record import load_base
+
+    raw = peft.new_config(r=8, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True, rank_pattern={"v_proj": 3})
+    optimizer = optax.adamw(3e-2)
+    state = new_state(new_adapter(model.config, raw, 0), optimizer)
+    step = make_step(model.config, sft, optimizer, StepOptions())
+    for window in windows(2)[:5]:
+        state, _ = step(state, model.weights, None, window, jax.random.key(0))
+    peft.write(tmp_path, to_peft(state.adapter, raw))
+
+    tokens = windows(1)[0]["tokens"][0]
+    read = Adapter.from_pairs(peft.read(tmp_path, model.config, preference_model.LIMITS).modules)
+    ours = np.asarray(logits(model.config, model.weights, tokens, read))
+    theirs = PeftModel.from_pretrained(load_base(model.folder, torch.float32), tmp_path).eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(ours, theirs(input_ids=torch.tensor(tokens).long()).logits.numpy(), atol=1e-3)
+    assert np.abs(ours - np.asarray(logits(model.config, model.weights, tokens))).max() > 0.1
