@@ -31,7 +31,9 @@ class TaskScores:
 
     def __call__(self, adapter: Adapter) -> dict[str, float]:
         """`eval_<metric>` by name."""
-        found = self._sampler_for(adapter).sample(adapter, [question.prompt for question in self._questions], [0] * len(self._questions))
+        found = self._sampler_for(adapter).sample(
+            adapter, [question.prompt for question in self._questions], [0] * len(self._questions)
+        )
         answers = [self._task.base.tokenizer.decode(answer.tokens) for answer in found.answers]
         return scores(self._metrics, answers, [question.answer for question in self._questions])
 
@@ -48,10 +50,23 @@ class TaskScores:
             self.close()
             base = self._task.base
             sampling = Sampling(
-                max(len(question.prompt) for question in self._questions), self._task.options.eval_max_tokens,
-                temperature=0.0, slots=min(SLOTS, len(self._questions)), dtype="float32" if base.dtype == "float16" else base.dtype,
-            )  # fmt: skip
+                max_prompt=max(len(question.prompt) for question in self._questions),
+                max_completion=self._task.options.eval_max_tokens,
+                temperature=0.0,
+                slots=min(SLOTS, len(self._questions)),
+                # The engine has no float16.
+                dtype="float32" if base.dtype == "float16" else base.dtype,
+            )
             stop = {base.eos, *base.config.eos_token_ids}
-            made = Sampler(base.folder, base.config, self._task.weights, adapter, sampling, sorted(stop), base.settings.cache_dir / "native", say)
+            made = Sampler(
+                base.folder,
+                base.config,
+                self._task.weights,
+                adapter,
+                sampling,
+                sorted(stop),
+                base.settings.cache_dir / "native",
+                say,
+            )
             self._sampler = (shapes, made)
         return self._sampler[1]

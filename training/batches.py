@@ -1,7 +1,7 @@
 """Examples in, windows of fixed shapes out: length buckets, packing, and an order that is a function of (seed, epoch).
 
-Every optimizer step takes one window: `[M, B, T]` of one bucket's T, so that there are as many compiled programs as buckets. What is left of
-a bucket at the end of an epoch moves up to the next one, so that at most one window of an epoch is not full.
+Every optimizer step takes one window: `[M, B, T]` of one bucket's T, so that there are as many compiled programs as buckets. What
+is left of a bucket at the end of an epoch moves up to the next one, so that at most one window of an epoch is not full.
 """
 
 import collections
@@ -15,7 +15,7 @@ ALIGNMENT = 16  # lengths are rounded up to a multiple of this, in tokens
 
 
 def choose_buckets(lengths: Sequence[int], count: int) -> tuple[int, ...]:
-    """At most `count` lengths, ascending, multiples of `ALIGNMENT`, which pad sequences of these `lengths` by the fewest tokens in all."""
+    """At most `count` lengths, ascending, multiples of `ALIGNMENT`, that pad sequences of these `lengths` least."""
     tally = collections.Counter(-(-length // ALIGNMENT) * ALIGNMENT for length in lengths)
     sizes = sorted(tally)
     # best[k][j]: the least number of tokens of the first j sizes in k buckets, and where the last bucket starts.

@@ -1,8 +1,9 @@
 """Checkpoints of a run: everything that the next step depends on, whole or not at all.
 
-`<folder>/<step>/` holds `state.safetensors`, the leaves of the training state by their place in its tree, and `state.json` with the rest
-and the hash of both. Written aside, synced, renamed; the newest one whose bytes are those that were written counts. Plain files
-rather than Orbax, for the hash: Orbax renames into place as well, but on restoring it can't tell bytes that changed on the disk.
+`<folder>/<step>/` holds `state.safetensors`, the leaves of the training state by their place in its tree, and `state.json` with
+the rest and the hash of both. Written aside, synced, renamed; the newest one whose bytes are those that were written counts.
+Plain files rather than Orbax, for the hash: Orbax renames into place as well, but on restoring it can't tell bytes that changed
+on the disk.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ class Checkpoints:
         self._folder, self._keep, self._warn = folder, keep, warn
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> bool:
-        """Writes a checkpoint, then removes the oldest. False, with a warning, where the disk refuses: what was saved before stays."""
+        """Writes a checkpoint, then removes the oldest. False, with a warning, where the disk refuses: what was there stays."""
         target = self._folder / str(step)
         incoming = self._folder / f"{INCOMING}{step}-{secrets.token_hex(4)}"
         tensors = safetensors.numpy.save({name: np.asarray(leaf) for name, leaf in _leaves(jax.device_get(state))})
@@ -102,7 +103,9 @@ class Checkpoints:
         wanted = _leaves(like)
         for name, leaf in wanted:
             if tensors[name].shape != leaf.shape or tensors[name].dtype != leaf.dtype:
-                raise ValueError(f"{name} is {tensors[name].dtype}{list(tensors[name].shape)}, not {leaf.dtype}{list(leaf.shape)}")
+                raise ValueError(
+                    f"{name} is {tensors[name].dtype}{list(tensors[name].shape)}, not {leaf.dtype}{list(leaf.shape)}"
+                )
         state = jax.tree.unflatten(jax.tree.structure(like), [tensors[name] for name, _ in wanted])
         return Checkpoint(step, state, about["facts"])
 

@@ -4,9 +4,10 @@
     {"prompt": ..., "completion": ...}         the completion is learned; two texts, or two lists of messages
     {"text": ...}                              all of it is learned
 
-Texts are taken as they are, messages go through the chat template of the base model. What is learned is found by comparing the tokens of the
-whole with those of its beginning, and a line where the one is no prefix of the other is refused. A text or completion ends with the
-EOS token, which is learned like any other; a chat turn ends as the template ends it. Knows no models and no batches.
+Texts are taken as they are, messages go through the chat template of the base model. What is learned is found by comparing the
+tokens of the whole with those of its beginning, and a line where the one is no prefix of the other is refused. A text or
+completion ends with the EOS token, which is learned like any other; a chat turn ends as the template ends it. Knows no models and
+no batches.
 """
 
 import dataclasses
@@ -78,7 +79,8 @@ class Encoder:
         return self._encode(text_of({"prompt": prompt}, "prompt"))
 
     def completion(self, fields: Mapping[str, Any], key: str) -> tuple[list[int], int]:
-        """Token ids of `prompt` and `fields[key]` together, and where the second one begins. Both are texts, or both lists of messages.
+        """Token ids of `prompt` and `fields[key]` together, and where the second one begins. Both are texts, or both lists of
+        messages.
 
         Raises:
             BadLine: something else, or the prompt's tokens are no prefix of the whole.
@@ -91,7 +93,11 @@ class Encoder:
         else:
             text, answer = text_of(fields, "prompt"), text_of(fields, key)
             prefix, whole = self._encode(text), [*self._encode(text + answer), self.eos]
-        _check_prefix(prefix, whole, f"`prompt` and `{key}` join inside a token; end the prompt with a space or a line break, or begin the other with one")
+        _check_prefix(
+            prefix,
+            whole,
+            f"`prompt` and `{key}` join inside a token; end the prompt with a space or a line break, or begin the other with one",
+        )
         return whole, len(prefix)
 
     def _turns(self, messages: Any) -> tuple[list[int], list[tuple[int, int]]]:
@@ -105,15 +111,19 @@ class Encoder:
             before, after = self._chat(messages[:at], True), self._chat(messages[: at + 1], False)
             self._check_header(messages[:at], [message], before)
             for part in (before, after):
-                _check_prefix(part, whole, f"the chat template changes what comes before message {at} when more follows; give each answer a line of its own")
+                _check_prefix(
+                    part,
+                    whole,
+                    f"the chat template changes what is before message {at} when more follows; give each answer its own line",
+                )
             learned.append((len(before), len(after)))
         if not learned:
             raise BadLine("no message has the role `assistant`")
         return whole, learned
 
     def _check_header(self, before: Messages, answer: Sequence[Mapping[str, Any]], with_prompt: list[int]) -> None:
-        """A template that opens the assistant's turn with a header has to do so in its generation prompt, or the header would be learned as a
-        part of the answer, which no server's prompt ends with."""
+        """A template that opens the assistant's turn with a header has to do so in its generation prompt, or the header would be
+        learned as a part of the answer, which no server's prompt ends with."""
         if with_prompt != self._chat(before, False):
             return
         rendered = self.tokenizer.render_chat([*before, *answer], False)

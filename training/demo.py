@@ -1,7 +1,7 @@
 """A first training run without any data of one's own: `make train`.
 
-Makes a small task, sentences to JSON frames, fine-tunes on it for a few minutes, publishes, and shows what changed in the answer to a
-sentence that was not in the data.
+Makes a small task, sentences to JSON frames, fine-tunes on it for a few minutes, publishes, and shows what changed in the answer
+to a sentence that was not in the data.
 """
 
 import itertools
@@ -19,7 +19,22 @@ from training.task import say
 NAME = "demo/frames"
 FOLDER = pathlib.Path("runs/demo")
 EXAMPLES = 240
-OPTIONS = ("--max-steps", "16", "--batch-size", "8", "--rank", "8", "--lr", "2e-3", "--schedule", "linear", "--buckets", "1", "--eval-share", "0.05")
+OPTIONS = (
+    "--max-steps",
+    "12",
+    "--batch-size",
+    "8",
+    "--rank",
+    "8",
+    "--lr",
+    "2e-3",
+    "--schedule",
+    "linear",
+    "--buckets",
+    "1",
+    "--eval-share",
+    "0.05",
+)
 QUESTION = "Please get me a table for nine people in Lisbon on Sunday"
 
 _NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
@@ -38,10 +53,15 @@ def examples() -> Iterator[dict]:
     """The data, always the same."""
     combinations = itertools.product(_NUMBERS, _CITIES, _DAYS)
     # A stride that shares no factor with the number of combinations mixes them.
-    order = [combination for _, combination in sorted(((at * 101) % 336, combination) for at, combination in enumerate(combinations))]
+    order = [
+        combination for _, combination in sorted(((at * 101) % 336, combination) for at, combination in enumerate(combinations))
+    ]
     for at, (number, city, day) in enumerate(order[:EXAMPLES]):
         if at % 3:
-            text, frame = _TABLES[at % 4].format(number=number, city=city, day=day), {"intent": "table", "people": number, "city": city, "day": day}
+            text, frame = (
+                _TABLES[at % 4].format(number=number, city=city, day=day),
+                {"intent": "table", "people": number, "city": city, "day": day},
+            )
         else:
             text, frame = _WEATHER[at // 3 % 3].format(city=city, day=day), {"intent": "weather", "city": city, "day": day}
         yield {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": json.dumps(frame)}]}

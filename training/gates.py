@@ -42,7 +42,11 @@ def refusal_unless_better(score: str, scores: Mapping[str, float], served: Mappi
     gain = other - value if is_loss(score) else value - other
     if gain > 0:
         return None
-    return f"{score} is {value:.4g}, that of {served_name} is {other:.4g}: worse by {-gain:.4g}" if gain < 0 else f"{score} is {value:.4g}, as that of {served_name}"
+    return (
+        f"{score} is {value:.4g}, that of {served_name} is {other:.4g}: worse by {-gain:.4g}"
+        if gain < 0
+        else f"{score} is {value:.4g}, as that of {served_name}"
+    )
 
 
 def is_loss(score: str) -> bool:
@@ -52,5 +56,7 @@ def is_loss(score: str) -> bool:
 
 def _value(scores: Mapping[str, float], name: str) -> float:
     if name not in scores:
-        raise SetupError(f"--publish-if: there is no score {name!r}; there are: {', '.join(scores) or 'none, as nothing is held out'}")
+        raise SetupError(
+            f"--publish-if: there is no score {name!r}; there are: {', '.join(scores) or 'none, as nothing is held out'}"
+        )
     return scores[name]

@@ -17,7 +17,8 @@ from jaxlora.peft import AdapterConfig, LoraAdapter, LoraPair
 
 
 def new_adapter(config: ModelConfig, raw: Mapping[str, Any], seed: int) -> Adapter:
-    """A as PEFT draws it (`kaiming_uniform_(a=sqrt(5))`: uniform within 1 / sqrt(in)), B zero: the model starts as the base model.
+    """A as PEFT draws it (`kaiming_uniform_(a=sqrt(5))`: uniform within 1 / sqrt(in)), B zero: the model starts as the base
+    model.
 
     Arguments:
         raw: an `adapter_config.json`, for example of `jaxlora.peft.new_config`.
@@ -34,7 +35,8 @@ def new_adapter(config: ModelConfig, raw: Mapping[str, Any], seed: int) -> Adapt
     chosen = {path: at for path, at in paths.items() if lora.selects(path)}
     if missing or not chosen:
         names = sorted({at.name for at in paths.values()})
-        raise SetupError(f"--target-modules: {', '.join(missing) or raw['target_modules']} names no linear layer; there are: {', '.join(names)}")
+        wrong = ", ".join(missing) or raw["target_modules"]
+        raise SetupError(f"--target-modules: {wrong} names no linear layer; there are: {', '.join(names)}")
     key = jax.random.key(seed)
     a, b = {}, {}
     for path, at in chosen.items():

@@ -18,8 +18,8 @@ Window = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One encoded example: the `lines` of the data file that it came from, and its arrays. Those with one axis are sequences, which are padded to the
-    bucket that fits the longest; those without are single values."""
+    """One encoded example: the `lines` of the data file that it came from, and its arrays. Those with one axis are sequences,
+    which are padded to the bucket that fits the longest; those without are single values."""
 
     lines: tuple[int, ...]
     arrays: Mapping[str, np.ndarray]
@@ -32,7 +32,9 @@ class Example:
     @property
     def tokens(self) -> int:
         """How many tokens the model computes for it, at least."""
-        return sum(len(array) for name, array in self.arrays.items() if array.ndim == 1 and not name.endswith(("mask", "segments")))
+        return sum(
+            len(array) for name, array in self.arrays.items() if array.ndim == 1 and not name.endswith(("mask", "segments"))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Source(Protocol):
     """Optimizer steps that go once over the data."""
 
     def window(self, step: int, adapter: Adapter) -> Window:
-        """The micro-batches of optimizer step `step`, from 0. `adapter` is the one being trained as it is before this step, for methods that
-        sample from it; others take no notice."""
+        """The micro-batches of optimizer step `step`, from 0. `adapter` is the one being trained as it is before this step, for
+        methods that sample from it; others take no notice."""
 
     def lines(self, step: int) -> Sequence[int]:
         """The lines of the data file that the step takes, for messages."""
@@ -73,8 +75,9 @@ class HeldOut(Protocol):
 class Method:
     """One training method, ready to run.
 
-    `reference` says which model `Loss.reference` is: `start` (the adapter that the run started from; the base model for a new one) or
-    `base`. `questions` are held out, too: task metrics judge the answers to them. `facts` go into the config hash and the provenance: what defines the method beside the options.
+    `reference` says which model `Loss.reference` is: `start` (the adapter that the run started from; the base model for a new
+    one) or `base`. `questions` are held out, too: task metrics judge the answers to them. `facts` go into the config hash and the
+    provenance: what defines the method beside the options.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Task metrics: from answers and what they should be to a number between 0 and 1 (BLEU: 0 to 100), more being better.
 
-A metric is a function of two lists of texts, answers and references, that returns a number, or numbers by name. One of one's own is
-named `file.py:function` or `package.module:function`.
+A metric is a function of two lists of texts, answers and references, that returns a number, or numbers by name. One of one's own
+is named `file.py:function` or `package.module:function`.
 """
 
 import json
@@ -57,7 +57,11 @@ def scores(metrics: Mapping[str, Metric], answers: Sequence[str], references: Se
     for name, metric in metrics.items():
         try:
             result = metric(list(answers), list(references))
-            parts = {f"eval_{name}_{part}": float(value) for part, value in result.items()} if isinstance(result, Mapping) else {f"eval_{name}": float(result)}
+            parts = (
+                {f"eval_{name}_{part}": float(value) for part, value in result.items()}
+                if isinstance(result, Mapping)
+                else {f"eval_{name}": float(result)}
+            )
         # It is the user's program.
         except Exception as error:
             raise SetupError(f"--metric: {name} failed: {type(error).__name__}: {error}") from error

@@ -30,8 +30,8 @@ def make_optimizer(name: str, arguments: Mapping[str, Any], schedule: Schedule) 
 
 
 def make_schedule(name: str, arguments: Mapping[str, Any], *, peak: float, warmup_steps: int, total_steps: int) -> Schedule:
-    """The learning rate by optimizer step, from 0: a linear warm-up from 0 to `peak`, then `cosine` or `linear` down to 0 at the end, or
-    `constant`; or any schedule of optax, as it is.
+    """The learning rate by optimizer step, from 0: a linear warm-up from 0 to `peak`, then `cosine` or `linear` down to 0 at the
+    end, or `constant`; or any schedule of optax, as it is.
 
     Raises:
         SetupError: there is no such schedule, or it doesn't take these arguments.

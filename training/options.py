@@ -17,10 +17,12 @@ from jaxlora.errors import SetupError
 STORE = pathlib.Path("model_repository/adapters")
 
 
-def option(default: Any, help: str, *, free: bool = False, low: float | None = None, high: float | None = None, flag: str = "") -> Any:
-    """A field with its help text. `free` options may change when a run is resumed: what it computes doesn't depend on them (of the data files
-    it is the content that counts). A number is at least
-    `low`, at most `high`. `flag` is the value that the option has where it is given without one."""
+def option(
+    default: Any, help: str, *, free: bool = False, low: float | None = None, high: float | None = None, flag: str = ""
+) -> Any:
+    """A field with its help text. `free` options may change when a run is resumed: what it computes doesn't depend on them (of
+    the data files it is the content that counts). A number is at least `low`, at most `high`. `flag` is the value that the option
+    has where it is given without one."""
     make = {"default_factory": lambda: default.copy()} if isinstance(default, dict) else {"default": default}
     return dataclasses.field(**make, metadata={"help": help, "free": free, "low": low, "high": high, "flag": flag})
 
@@ -37,11 +39,15 @@ class Options:
     max_length: int = option(512, "longest example, in tokens; longer ones are left out", low=2)
     buckets: int = option(3, "lengths that examples are padded to, each with a compiled program of its own", low=1, high=32)
 
-    init: str | None = option(None, "adapter version to start from, user/adapter or user/adapter@version; keeps its rank and modules")
+    init: str | None = option(
+        None, "adapter version to start from, user/adapter or user/adapter@version; keeps its rank and modules"
+    )
     rank: int = option(16, "rank of the adapter", low=1)
     alpha: float = option(32, "alpha of the adapter: its scale is alpha / rank")
     rslora: bool = option(False, "scale is alpha / sqrt(rank)")
-    target_modules: str = option("all-linear", "`all-linear`, names with commas between them, or a regular expression for the whole path")
+    target_modules: str = option(
+        "all-linear", "`all-linear`, names with commas between them, or a regular expression for the whole path"
+    )
     rank_pattern: dict = option({}, 'ranks of some modules, as JSON: {"q_proj": 8}')
     alpha_pattern: dict = option({}, "the same for alpha")
     dropout: float = option(0.0, "share of the inputs of lora_A that are dropped", low=0, high=0.99)
@@ -50,7 +56,9 @@ class Options:
     epochs: float = option(3.0, "times that the data is gone through", low=0)
     max_steps: int | None = option(None, "optimizer steps, instead of --epochs", low=1)
     batch_size: int = option(16, "examples of an optimizer step", low=1)
-    micro_batch_size: int | None = option(None, "examples that are computed at once; --batch-size is a multiple of it. Default: 8 or less", low=1)
+    micro_batch_size: int | None = option(
+        None, "examples that are computed at once; --batch-size is a multiple of it. Default: 8 or less", low=1
+    )
     lr: float = option(3e-4, "largest learning rate", low=0)
     lora_plus: float = option(1.0, "LoRA+: how many times faster B learns than A", low=0)
     optimizer: str = option("adamw", "any optimizer of optax")
@@ -65,13 +73,20 @@ class Options:
 
     eval_every: int | None = option(None, "steps between evaluations; default: once an epoch", low=1)
     eval_first: bool = option(False, "evaluate before the first step as well")
-    early_stop: int = option(0, "stop after so many evaluations without a better eval_loss, and keep the best adapter; 0: never", low=0)
-    metric: tuple[str, ...] = option((), "task metric on held-out answers: exact_match, json_valid, slot_f1, bleu, or module:function", free=True)
+    early_stop: int = option(
+        0, "stop after so many evaluations without a better eval_loss, and keep the best adapter; 0: never", low=0
+    )
+    metric: tuple[str, ...] = option(
+        (), "task metric on held-out answers: exact_match, json_valid, slot_f1, bleu, or module:function", free=True
+    )
     eval_samples: int = option(100, "held-out lines that are answered for --metric", free=True, low=1)
     eval_max_tokens: int = option(128, "longest answer for --metric", free=True, low=1)
     publish_if: tuple[str, ...] = option((), 'publish only if so, for example "eval_loss<1.2"', free=True)
     publish_if_better: str | None = option(
-        None, "publish only if this score (default eval_loss) is better than that of the served version", free=True, flag="eval_loss"
+        None,
+        "publish only if this score (default eval_loss) is better than that of the served version",
+        free=True,
+        flag="eval_loss",
     )
     no_publish: bool = option(False, "leave the adapter in the run folder", free=True)
 
@@ -109,7 +124,9 @@ class Options:
         for field in dataclasses.fields(self):
             value, low, high = getattr(self, field.name), field.metadata["low"], field.metadata["high"]
             bounds = f"{low:g} or more" if high is None and low is not None else f"between {low} and {high}"
-            if isinstance(value, int | float) and ((low is not None and not value >= low) or (high is not None and not value <= high)):
+            if isinstance(value, int | float) and (
+                (low is not None and not value >= low) or (high is not None and not value <= high)
+            ):
                 found.append(f"{_flag(field.name)}: {value} is not {bounds}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             found.append(f"--dtype: {self.dtype!r} is none of float32, bfloat16, float16")
@@ -132,7 +149,9 @@ class Options:
 
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-    kind = next(kind for kind in (typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint]) if kind is not type(None))
+    kind = next(
+        kind for kind in (typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint]) if kind is not type(None)
+    )
     more: dict[str, Any] = {"help": field.metadata["help"], "default": default}
     if kind is bool:
         more |= {"action": "store_true"}

@@ -13,7 +13,7 @@ from jax import Array
 
 from jaxlora.config import OUTPUT_LAYER, ModelConfig
 from jaxlora.lora import Adapter
-from jaxlora.model import Linears, hidden_states, no_adapter, plain_linears, project
+from jaxlora.model import hidden_states, no_adapter, plain_linears, project
 from jaxlora.weights import Weights
 
 BLOCK = 256  # tokens whose logits are computed at the same time
@@ -21,8 +21,8 @@ BLOCK = 256  # tokens whose logits are computed at the same time
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """What is random in training. `dropout` is the share of the inputs of `lora_A` that are dropped, as in PEFT; `embeddings` is alpha of
-    NEFTune (Jain et al. 2023): uniform noise of size alpha / sqrt(T D) on the embedded tokens."""
+    """What is random in training. `dropout` is the share of the inputs of `lora_A` that are dropped, as in PEFT; `embeddings` is
+    alpha of NEFTune (Jain et al. 2023): uniform noise of size alpha / sqrt(T D) on the embedded tokens."""
 
     dropout: float = 0.0
     embeddings: float = 0.0
@@ -52,7 +52,11 @@ class Policy:
         hidden = hidden_states(self.config, self.weights, tokens, linears, segments, self._embedded, self.remat)
         wanted = jnp.ones_like(tokens) if wanted is None else wanted
         # The state at t - 1 predicts token t.
-        hidden, targets, wanted = hidden[:, :-1].reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1), wanted[:, 1:].reshape(-1)
+        hidden, targets, wanted = (
+            hidden[:, :-1].reshape(-1, hidden.shape[-1]),
+            tokens[:, 1:].reshape(-1),
+            wanted[:, 1:].reshape(-1),
+        )
         if self.adapter is not None and OUTPUT_LAYER in self.adapter.a:
             found = jnp.where(wanted != 0, _of_targets(project(linears, hidden) / temperature, targets), 0.0)
         else:
@@ -78,8 +82,9 @@ class Policy:
 def target_log_probs(head: Any, hidden: Array, targets: Array, temperature: Array) -> Array:
     """float32 `[N]`: log-softmax of `head(hidden) / temperature` at the targets; 0 where a target is -1.
 
-    The head is frozen, so a token's gradient with respect to its hidden state is one vector, computed together with the logits: a block
-    of logits is made once and thrown away. Blocks without any target are skipped, for which tokens with a target are sorted to the front.
+    The head is frozen, so a token's gradient with respect to its hidden state is one vector, computed together with the logits: a
+    block of logits is made once and thrown away. Blocks without any target are skipped, for which tokens with a target are sorted
+    to the front.
 
     Arguments:
         head: `[..., D] -> [..., V]`, a `jaxlora.weights.Dense`.

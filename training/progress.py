@@ -24,7 +24,13 @@ class Display:
         self._total, self._last_line, self._started, self._done = total, 0.0, time.monotonic(), done
         self._console = Console(file=sys.stderr)
         columns = (
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(),
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("<"),
+            TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=self._console, transient=False) if self._console.is_terminal else None
         self._task = self._bar.add_task("", total=total, completed=done, numbers="") if self._bar else None

@@ -1,7 +1,7 @@
 """From a finished adapter to a version that a server answers with.
 
-A run publishes once: a version in the store that carries the run's mark and the same weights is that of this run, so a run that was
-killed on the way finds it again.
+A run publishes once: a version in the store that carries the run's mark and the same weights is that of this run, so a run that
+was killed on the way finds it again.
 """
 
 import hashlib
@@ -44,7 +44,11 @@ def find_published(folder: pathlib.Path, name: AdapterName, store: pathlib.Path,
     """The version that this run has published from this folder already."""
     for version in reversed(stored.versions(store, name)):
         weights = version_path(store, version) / peft.WEIGHTS_FILE
-        if stored.provenance(store, version).get(RUN) == run and weights.is_file() and _sha256(weights) == _sha256(folder / peft.WEIGHTS_FILE):
+        if (
+            stored.provenance(store, version).get(RUN) == run
+            and weights.is_file()
+            and _sha256(weights) == _sha256(folder / peft.WEIGHTS_FILE)
+        ):
             return version
     return None
 
@@ -52,8 +56,8 @@ def find_published(folder: pathlib.Path, name: AdapterName, store: pathlib.Path,
 def publish_and_verify(
     folder: pathlib.Path, name: AdapterName, store: pathlib.Path, url: str, run: str, say: Callable[[str], None]
 ) -> AdapterName:
-    """Puts the adapter of a folder into the store as the next version, makes the server at `url` load it, and sees that a request is
-    answered by it. Without a server it says what to do.
+    """Puts the adapter of a folder into the store as the next version, makes the server at `url` load it, and sees that a request
+    is answered by it. Without a server it says what to do.
 
     Raises:
         AdapterInvalid: the server refused it, with its reasons; what it served before stays.
@@ -72,7 +76,9 @@ def publish_and_verify(
         except ServerUnreachable as error:
             version = version or find_published(folder, name, store, run) or name.at(publish(folder, name, store))
             say(f"{version} is in the store {store}, but no server loaded it ({error})")
-            say("`make serve` serves it; a server that runs elsewhere on this store takes it over with: curl -X POST http://HOST:8000/v2/repository/models/adapters/load")
+            say(
+                "`make serve` serves it; a server that runs elsewhere on this store takes it over with: curl -X POST http://HOST:8000/v2/repository/models/adapters/load"
+            )
     return version
 
 
@@ -84,7 +90,8 @@ def _verify(client: Client, version: AdapterName, say: Callable[[str], None]) ->
         raise AdapterNotFound(f"the server answered with {answer.adapter or 'the base model'}, not with {version}")
     say(f"{version} is live: {client.url} answers with it")
     if serving != version.version:
-        say(f"its policy serves version {serving} under the name alone: python -m client.adapters serve {version.unpinned} --version {version.version}")
+        command = f"python -m client.adapters serve {version.unpinned} --version {version.version}"
+        say(f"its policy serves version {serving} under the name alone: {command} changes that")
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -29,7 +29,8 @@ class TooLong(BadLine):
 
 
 def read(path: pathlib.Path) -> tuple[list[Record], dict[int, str]]:
-    """The lines of a JSONL file that are JSON objects, and what is wrong with the others, by line number. Empty lines are left out.
+    """The lines of a JSONL file that are JSON objects, and what is wrong with the others, by line number. Empty lines are left
+    out.
 
     Raises:
         SetupError: the file can't be read, or there is nothing in it.
@@ -58,9 +59,7 @@ def read(path: pathlib.Path) -> tuple[list[Record], dict[int, str]]:
     return records, problems
 
 
-def encode_all(
-    path: pathlib.Path, encode: Callable[[Record], T], *, skip_bad: bool, say: Callable[[str], None]
-) -> list[T]:
+def encode_all(path: pathlib.Path, encode: Callable[[Record], T], *, skip_bad: bool, say: Callable[[str], None]) -> list[T]:
     """Every line of a file through `encode`, which raises BadLine. Lines over the length limit are left out and counted.
 
     Arguments:

@@ -1,4 +1,7 @@
-"""The folder of one run: what it computes (`run.json`), its metrics log, and the adapter that it ends with. One process has it at a time."""
+"""The folder of one run: what it computes (`run.json`), its metrics log, and the adapter that it ends with.
+
+One process has it at a time.
+"""
 
 import contextlib
 import fcntl
@@ -34,7 +37,8 @@ class RunFolder:
             restart: move aside what is there.
 
         Raises:
-            SetupError: the folder can't be written, another process has it, or it holds a run with another config: names the differences.
+            SetupError: the folder can't be written, another process has it, or it holds a run with another config: names the
+                differences.
         """
         try:
             if restart and self.path.exists():

@@ -28,11 +28,13 @@ REFUSED, FAILED = 3, 1
 Build = Callable[[Task], Method]
 
 
-def run_script(script: str, options_class: type[Options], description: str, build: Build, argv: Sequence[str] | None = None) -> int:
+def run_script(
+    script: str, options_class: type[Options], description: str, build: Build, argv: Sequence[str] | None = None
+) -> int:
     """Runs a training script; returns its exit code.
 
-    0: trained, and published where asked for. 1: failed, with the reason on standard error. 2: the command line is wrong. 3: trained, but
-    a gate kept it from being published. 128 + n: stopped by signal n, to be continued by the same command.
+    0: trained, and published where asked for. 1: failed, with the reason on standard error. 2: the command line is wrong. 3:
+        trained, but a gate kept it from being published. 128 + n: stopped by signal n, to be continued by the same command.
     """
     try:
         options = options_class.parse(argv, description)
@@ -55,19 +57,27 @@ def _run(script: str, options: Options, build: Build) -> int:
     task = load_task(options)
     method = build(task)
     if (conditions or options.publish_if_better or options.early_stop) and method.held_out is None:
-        raise SetupError("--publish-if, --publish-if-better and --early-stop compare scores on held-out data: give --eval-data or --eval-share")
+        raise SetupError(
+            "--publish-if, --publish-if-better and --early-stop compare scores on held-out data: give --eval-data or --eval-share"
+        )
     metrics = find_metrics(options.metric)
     if metrics and not method.questions:
-        raise SetupError("--metric judges answers to held-out prompts: give --eval-data or --eval-share, with data that has prompts")
+        raise SetupError(
+            "--metric judges answers to held-out prompts: give --eval-data or --eval-share, with data that has prompts"
+        )
     folder = RunFolder(options.run or pathlib.Path("runs", name.user, name.adapter, script))
     with folder.held(run_config(task, method, script), options.restart):
         task_scores = TaskScores(task, method.questions, metrics) if metrics else None
-        trainer = Trainer(options, task.base.config, task.weights, method, task.start, folder, say, task_scores or (lambda adapter: {}))
+        trainer = Trainer(
+            options, task.base.config, task.weights, method, task.start, folder, say, task_scores or (lambda adapter: {})
+        )
         say(f"{trainer.total_steps} steps of {options.batch_size} examples, in {folder.path}")
         outcome = trainer.run()
         mark = _mark(folder)
-        write_adapter(folder.adapter, to_peft(outcome.adapter, task.lora_config), _provenance(script, task, method, folder, outcome, mark))
-        say(f"the adapter is in {folder.adapter}, the log in {folder.path / 'metrics.jsonl'}, the curve in {folder.path / 'loss.png'}")
+        write_adapter(
+            folder.adapter, to_peft(outcome.adapter, task.lora_config), _provenance(script, task, method, folder, outcome, mark)
+        )
+        say(f"the adapter is in {folder.adapter}, beside it metrics.jsonl and loss.png")
         if options.no_publish:
             return 0
         refusals = _refusals(task, trainer, method, outcome, name, conditions)

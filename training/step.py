@@ -29,8 +29,8 @@ LARGEST_SCALE, GROW_AFTER = 2.0**24, 200
 
 @struct.dataclass
 class State:
-    """All that a run changes. `scale` multiplies the loss before the backward pass (1 unless training in float16), `good_steps` counts
-    the steps since it changed."""
+    """All that a run changes. `scale` multiplies the loss before the backward pass (1 unless training in float16), `good_steps`
+    counts the steps since it changed."""
 
     adapter: Adapter
     optimizer: Any
@@ -41,8 +41,8 @@ class State:
 
 @struct.dataclass
 class Report:
-    """What a step tells. `loss` is total / count and `grad_norm` is before clipping, both NaN or infinite where the step was skipped
-    for that; `metrics` are sum / denominator."""
+    """What a step tells. `loss` is total / count and `grad_norm` is before clipping, both NaN or infinite where the step was
+    skipped for that; `metrics` are sum / denominator."""
 
     loss: Array
     count: Array
@@ -103,7 +103,7 @@ def make_step(
 def make_evaluation(
     config: ModelConfig, loss: Loss, mesh: Mesh | None = None
 ) -> Callable[[Adapter | None, Weights, Adapter | None, Window], Terms]:
-    """`evaluate(adapter, weights, reference, window)`: the terms of a window, without noise. Compiled once for each shape of window."""
+    """`evaluate(adapter, weights, reference, window)`: the terms of a window, without noise. Compiled once for each shape."""
 
     def terms_of(window: Window, weights: Weights, reference: Adapter | None, adapter: Adapter | None) -> Terms:
         policy, reference = Policy(config, weights, adapter), Policy(config, weights, reference)
@@ -128,7 +128,9 @@ def _update(
         (optax.apply_updates(state.adapter, updates), after),
         (state.adapter, state.optimizer),
     )
-    scale, good_steps = _next_scale(state.scale, state.good_steps, finite) if options.loss_scaling else (state.scale, state.good_steps)
+    scale, good_steps = (
+        _next_scale(state.scale, state.good_steps, finite) if options.loss_scaling else (state.scale, state.good_steps)
+    )
     metrics = {name: total / _divisor(count) for name, (total, count) in terms.metrics.items()}
     return State(adapter, after, state.step + 1, scale, good_steps), Report(loss, terms.count, norm, finite, state.scale, metrics)
 

@@ -1,6 +1,7 @@
 """What a training script does around the trainer: read options, base model and data; train; judge; publish.
 
-A method's script says how to turn records into examples, and which loss and source to use: `run_script(options, description, build)`.
+A method's script says how to turn records into examples, and which loss and source to use: `run_script(options, description,
+build)`.
 """
 
 import dataclasses
@@ -84,7 +85,9 @@ class Task:
         """What to evaluate on, in windows of one micro-batch; None for no examples."""
         if not examples:
             return None
-        return Batches(examples, micro_batches=1, micro_batch_size=self.options.micro_batch, buckets=self._buckets(examples), seed=None)
+        return Batches(
+            examples, micro_batches=1, micro_batch_size=self.options.micro_batch, buckets=self._buckets(examples), seed=None
+        )
 
     def _buckets(self, examples: Sequence[Example]) -> tuple[int, ...]:
         return choose_buckets([example.length for example in examples], self.options.buckets)
@@ -95,7 +98,9 @@ def load_task(options: Options) -> Task:
     settings = Settings.read()
     base = Base.find(settings, options.dtype, say)
     if options.max_length > base.config.max_positions:
-        raise SetupError(f"--max-length: {options.max_length} is over the {base.config.max_positions} positions of the base model")
+        raise SetupError(
+            f"--max-length: {options.max_length} is over the {base.config.max_positions} positions of the base model"
+        )
     start, lora_config = _start(options, base)
     rank = max(a.shape[0] for a in start.a.values())
     if rank > settings.max_lora_rank:

@@ -54,8 +54,8 @@ class Outcome:
 
 @dataclasses.dataclass
 class _Position:
-    """Where a run stands: everything that the rest of it depends on, besides its configuration. `best` is the adapter of the best evaluation so
-    far, `worse` counts the evaluations since."""
+    """Where a run stands: everything that the rest of it depends on, besides its configuration. `best` is the adapter of the best
+    evaluation so far, `worse` counts the evaluations since."""
 
     done: int
     state: State
@@ -74,7 +74,9 @@ class _Position:
     @property
     def facts(self) -> dict[str, Any]:
         """The rest of it, as JSON holds it."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("state", "best")}
+        return {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("state", "best")
+        }
 
 
 class Trainer:
@@ -107,7 +109,11 @@ class Trainer:
         self._optimizer = make_optimizer(options.optimizer, options.optimizer_args, self._schedule)
         self._mesh = _mesh(options.micro_batch)
         step_options = StepOptions(
-            options.max_grad_norm, options.lora_plus, Noise(options.dropout, options.neftune), options.remat, options.dtype == "float16"
+            options.max_grad_norm,
+            options.lora_plus,
+            Noise(options.dropout, options.neftune),
+            options.remat,
+            options.dtype == "float16",
         )
         self.step = make_step(config, method.loss, self._optimizer, step_options, self._mesh)
         self._evaluate = make_evaluation(config, method.loss, self._mesh)
@@ -154,7 +160,9 @@ class Trainer:
     def _position(self) -> _Position:
         """The newest checkpoint, or the start."""
         # A copy: the first step gives its state away, and the start may be the reference.
-        state = new_state(jax.tree.map(jnp.copy, self._start), self._optimizer, FIRST_SCALE if self._options.dtype == "float16" else 1.0)
+        state = new_state(
+            jax.tree.map(jnp.copy, self._start), self._optimizer, FIRST_SCALE if self._options.dtype == "float16" else 1.0
+        )
         at = _Position(0, state, jax.device_get(self._start))
         saved = self._checkpoints.load(at.arrays)
         if saved:
@@ -202,10 +210,17 @@ class Trainer:
         if not report.finite and (self._options.dtype != "float16" or scale <= 1):
             lines = ", ".join(map(str, self._method.source.lines(done)))
             raise TrainingStopped(
-                f"step {done + 1}: the loss is {report.loss:g} and the gradient's norm {report.grad_norm:g}, on lines {lines} of {self._options.data};"
-                f" the last good checkpoint stays. Look at these lines, or start over with a lower --lr (--restart)"
+                f"step {done + 1}: the loss is {report.loss:g} and the gradient's norm {report.grad_norm:g}, on lines {lines} of"
+                f" {self._options.data}; the last good checkpoint stays. Look at these lines, or start over with a lower --lr"
+                f" (--restart)"
             )
-        entry = {"step": done + 1, "loss": float(report.loss), "grad_norm": float(report.grad_norm), "lr": float(self._schedule(done)), "count": float(report.count)}
+        entry = {
+            "step": done + 1,
+            "loss": float(report.loss),
+            "grad_norm": float(report.grad_norm),
+            "lr": float(self._schedule(done)),
+            "count": float(report.count),
+        }
         if self._options.dtype == "float16":
             entry |= {"loss_scale": float(report.scale), "skipped": int(not report.finite)}
         if tokens:

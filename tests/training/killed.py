@@ -1,4 +1,5 @@
-"""Runs `training.sft` and kills the process, as by SIGKILL, at its n-th touch of the disk: `python -m tests.training.killed N OPTIONS...`.
+"""Runs `training.sft` and kills the process, as by SIGKILL, at its n-th touch of the disk: `python -m tests.training.killed N
+OPTIONS...`.
 
 A touch is a sync or a rename: those are the places where a half-done file, folder or version could be left.
 """

@@ -1,7 +1,8 @@
-"""Records what PEFT and torch do with SFT: `python -m tests.training.record_sft` from the project's root, in the parity environment.
+"""Records what PEFT and torch do with SFT: `python -m tests.training.record_sft` from the project's root, in the parity
+environment.
 
-A plain training loop: the adapter, the data, the schedule and AdamW of `preference_runs`, on prompts with their chosen answers. Runs with
-torch; the tests compare with the file that this leaves in `tests/references/training`.
+A plain training loop: the adapter, the data, the schedule and AdamW of `preference_runs`, on prompts with their chosen answers.
+Runs with torch; the tests compare with the file that this leaves in `tests/references/training`.
 """
 
 import json

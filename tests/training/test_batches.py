@@ -11,7 +11,10 @@ from training.method import Example
 
 
 def examples(lengths: list[int]) -> list[Example]:
-    return [Example((line,), {"tokens": np.full(length, line + 1, np.int32), "mask": np.ones(length, np.uint8)}) for line, length in enumerate(lengths)]
+    return [
+        Example((line,), {"tokens": np.full(length, line + 1, np.int32), "mask": np.ones(length, np.uint8)})
+        for line, length in enumerate(lengths)
+    ]
 
 
 LENGTHS = [int(length) for length in np.random.Generator(np.random.PCG64(1)).integers(2, 90, 53)]

@@ -92,15 +92,16 @@ def test_a_template_without_generation_prompt_is_refused_where_the_answer_has_a_
     header = encoder_with(tiny.TEMPLATE.partition("{% if add_generation_prompt")[0], tmp_path / "header")
     with pytest.raises(BadLine, match=r"no generation prompt: the answer would begin with '<\|start\|>assistant\\n'"):
         header.example(Record(1, {"messages": [USER, ASSISTANT]}))
-    bare = encoder_with("{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}", tmp_path / "bare")
+    turn = "{% if m.role == 'user' %}[{{ m.content }}]{% else %}{{ m.content }}<|end|>{% endif %}"
+    bare = encoder_with("{% for m in messages %}" + turn + "{% endfor %}", tmp_path / "bare")
     assert learned(bare, bare.example(Record(1, {"messages": [USER, ASSISTANT]}))) == "yo<|end|>"
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: pathlib.Path) -> None:
-    template = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content if loop.last or m.role == 'user' else 'cut' }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    template = tiny.TEMPLATE.replace("message['content']", "message.content if loop.last or message.role == 'user' else 'cut'")
     encoder = encoder_with(template, tmp_path)
-    assert learned(encoder, encoder.example(Record(1, {"messages": [USER, ASSISTANT]}))) == "yo<|end|>"
-    with pytest.raises(BadLine, match="changes what comes before message 1"):
+    assert learned(encoder, encoder.example(Record(1, {"messages": [USER, ASSISTANT]}))) == "yo<|end|>\n"
+    with pytest.raises(BadLine, match="changes what is before message 1"):
         encoder.example(Record(1, {"messages": [USER, ASSISTANT, USER, ASSISTANT]}))
 
 

@@ -15,7 +15,18 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def test_two_devices_train_as_one(tiny_model: pathlib.Path, cache_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     tiny.write_lines(tmp_path / "data.jsonl", tiny.sums(20))
-    command = [sys.executable, "-m", "training.sft", "--data", tmp_path / "data.jsonl", "--name", "a/b", "--no-publish", "--max-steps", 4]
+    command = [
+        sys.executable,
+        "-m",
+        "training.sft",
+        "--data",
+        tmp_path / "data.jsonl",
+        "--name",
+        "a/b",
+        "--no-publish",
+        "--max-steps",
+        4,
+    ]
     command += ["--batch-size", 8, "--micro-batch-size", 4, "--buckets", 1, "--rank", 4, "--eval-share", 0.2]
     found = {}
     for devices in (1, 2):
@@ -25,6 +36,6 @@ def test_two_devices_train_as_one(tiny_model: pathlib.Path, cache_dir: pathlib.P
         found[devices] = RunFolder(tmp_path / str(devices)).metrics()
     assert len(found[1]) > 4
     for one, two in zip(found[1], found[2], strict=True):
-        for name in ({*one} & {"loss", "grad_norm", "eval_loss"}):
+        for name in {*one} & {"loss", "grad_norm", "eval_loss"}:
             np.testing.assert_allclose(two[name], one[name], rtol=1e-4, err_msg=name)
         assert one.get("count") == two.get("count")

@@ -15,7 +15,18 @@ KILLS = 10
 
 def test_kill_9_at_any_moment(tiny_model: pathlib.Path, cache_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     tiny.write_lines(tmp_path / "data.jsonl", tiny.sums(24))
-    options = ["--data", tmp_path / "data.jsonl", "--name", "a/b", "--url", "127.0.0.1:9", "--max-steps", 6, "--checkpoint-every", 1]
+    options = [
+        "--data",
+        tmp_path / "data.jsonl",
+        "--name",
+        "a/b",
+        "--url",
+        "127.0.0.1:9",
+        "--max-steps",
+        6,
+        "--checkpoint-every",
+        1,
+    ]
     options += ["--batch-size", 8, "--buckets", 1, "--rank", 4, "--dropout", 0.1, "--lr", 1e-2]
     environ = os.environ | {"MODEL": str(tiny_model), "CACHE_DIR": str(cache_dir)}
 

@@ -32,7 +32,22 @@ def run(tiny_model: pathlib.Path, cache_dir: pathlib.Path, tmp_path: pathlib.Pat
 
     def script(*more: object, folder: str = "run", data: str = "data.jsonl") -> int:
         places = ["--data", tmp_path / data, "--run", tmp_path / folder, "--store", tmp_path / "store", "--url", "127.0.0.1:9"]
-        settings = ["--name", "a/b", "--batch-size", 8, "--lr", 1e-2, "--buckets", 1, "--rank", 4, "--checkpoint-every", 2, "--dropout", 0.1]
+        settings = [
+            "--name",
+            "a/b",
+            "--batch-size",
+            8,
+            "--lr",
+            1e-2,
+            "--buckets",
+            1,
+            "--rank",
+            4,
+            "--checkpoint-every",
+            2,
+            "--dropout",
+            0.1,
+        ]
         return sft.main([str(word) for word in [*places, *settings, *more]])
 
     return script
@@ -66,7 +81,9 @@ def test_a_run_trains_and_publishes_once(run: Run, tmp_path: pathlib.Path, capsy
     assert versions(tmp_path) == ["1"] and metrics(tmp_path / "run") == log
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
+    run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run("--max-steps", 7, folder="whole") == 0
     one_step = trainer.Trainer._one_step
     stops = {3: signal.SIGTERM, 4: signal.SIGINT}
@@ -85,7 +102,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(run: Run, tmp_path: pa
     assert parts == whole
 
 
-def test_a_corrupt_checkpoint_falls_back_to_the_one_before(run: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(
+    run: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run("--max-steps", 6, folder="whole") == 0
     one_step = trainer.Trainer._one_step
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -105,7 +124,9 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(run: Run, tmp_path: p
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
-def test_a_changed_configuration_is_refused_by_its_differences(run: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_configuration_is_refused_by_its_differences(
+    run: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("--max-steps", 1, "--no-publish") == 0
     assert run("--max-steps", 1, "--no-publish", "--checkpoint-every", 9) == 0
     capsys.readouterr()
@@ -147,7 +168,25 @@ def test_a_run_from_an_adapter_starts_where_that_ended(run: Run, tmp_path: pathl
 
 def test_early_stopping_ends_with_the_best_adapter(run: Run, tmp_path: pathlib.Path) -> None:
     # So high a rate that it gets worse soon.
-    assert run("--max-steps", 40, "--lr", 0.3, "--schedule", "constant", "--warmup", 0, "--eval-share", 0.3, "--eval-every", 1, "--early-stop", 3) == 0
+    assert (
+        run(
+            "--max-steps",
+            40,
+            "--lr",
+            0.3,
+            "--schedule",
+            "constant",
+            "--warmup",
+            0,
+            "--eval-share",
+            0.3,
+            "--eval-every",
+            1,
+            "--early-stop",
+            3,
+        )
+        == 0
+    )
     scores = {entry["step"]: entry["eval_loss"] for entry in metrics(tmp_path / "run") if "eval_loss" in entry}
     best = min(scores, key=scores.get)
     assert len(scores) == best + 3 < 40
@@ -155,7 +194,9 @@ def test_early_stopping_ends_with_the_best_adapter(run: Run, tmp_path: pathlib.P
     assert provenance["steps"] == best and provenance["scores"]["eval_loss"] == scores[best]
 
 
-def test_a_loss_that_is_no_number_stops_and_names_the_lines(run: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_no_number_stops_and_names_the_lines(
+    run: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = sft.sft
 
     def bad(policy: Any, reference: Any, batch: Any) -> Any:
@@ -220,7 +261,9 @@ def test_short_types_learn_too(run: Run, tmp_path: pathlib.Path, dtype: str) -> 
 def test_task_metrics_judge_the_answers_of_the_engine(run: Run, tmp_path: pathlib.Path) -> None:
     tiny.write_lines(tmp_path / "easy.jsonl", [{"prompt": "say ", "completion": "7"}] * 20)
     hook = tmp_path / "hook.py"
-    hook.write_text("def both(answers, references):\n    return {'length': sum(map(len, answers)) / len(answers), 'sevens': answers.count('7')}\n")
+    hook.write_text(
+        "def both(answers, references):\n    return {'length': sum(map(len, answers)) / len(answers), 'sevens': answers.count('7')}\n"
+    )
     options = ("--max-steps", 12, "--lr", 3e-2, "--eval-share", 0.3, "--eval-every", 12, "--eval-first", "--eval-max-tokens", 4)
     assert run(*options, "--metric", "exact_match", f"{hook}:both", data="easy.jsonl") == 0
     before, after = (entry for entry in metrics(tmp_path / "run") if "eval_loss" in entry)

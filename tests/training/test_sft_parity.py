@@ -17,7 +17,8 @@ from training.lora_init import new_adapter, to_peft
 from training.losses.sft import sft
 from training.step import StepOptions, make_step, new_state
 
-from . import preference_model, preference_runs as runs
+from . import preference_model
+from . import preference_runs as runs
 from .preference_model import Model
 
 SOURCES = ("stored", "fresh") if importlib.util.find_spec("torch") else ("stored",)
@@ -45,7 +46,9 @@ def windows(micro_batches: int) -> list[dict[str, np.ndarray]]:
     for step in range(runs.STEPS):
         rows = runs.pairs()[step * runs.BATCH : (step + 1) * runs.BATCH]
         tokens, mask = preference_model.sequences(rows, "chosen_ids")
-        found.append({"tokens": tokens.reshape(micro_batches, -1, tokens.shape[1]), "mask": mask.reshape(micro_batches, -1, mask.shape[1])})
+        found.append(
+            {"tokens": tokens.reshape(micro_batches, -1, tokens.shape[1]), "mask": mask.reshape(micro_batches, -1, mask.shape[1])}
+        )
     return found
 
 
@@ -66,7 +69,9 @@ def test_peft_answers_as_we_do_with_an_adapter_that_was_trained_here(model: Mode
 
     from tests.parity.record import load_base
 
-    raw = peft.new_config(r=8, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True, rank_pattern={"v_proj": 3})
+    raw = peft.new_config(
+        r=8, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True, rank_pattern={"v_proj": 3}
+    )
     optimizer = optax.adamw(3e-2)
     state = new_state(new_adapter(model.config, raw, 0), optimizer)
     step = make_step(model.config, sft, optimizer, StepOptions())

@@ -39,7 +39,9 @@ def base(tiny_model: pathlib.Path, config: ModelConfig) -> Weights:
 def adapter(config: ModelConfig) -> Adapter:
     """With B that is not zero, so that A has a gradient."""
     made = new_adapter(config, LORA, 0)
-    return made.replace(b={path: 0.1 * jax.random.normal(jax.random.key(at), b.shape) for at, (path, b) in enumerate(made.b.items())})
+    return made.replace(
+        b={path: 0.1 * jax.random.normal(jax.random.key(at), b.shape) for at, (path, b) in enumerate(made.b.items())}
+    )
 
 
 def examples(count: int = 8) -> list[Example]:
@@ -61,7 +63,9 @@ ADAMW = optax.adamw(1e-2)
 compiled = functools.cache(make_step)
 
 
-def stepped(config: ModelConfig, base: Weights, adapter: Adapter, data: dict[str, np.ndarray], options: StepOptions = StepOptions()) -> tuple:
+def stepped(
+    config: ModelConfig, base: Weights, adapter: Adapter, data: dict[str, np.ndarray], options: StepOptions = StepOptions()
+) -> tuple:
     state = new_state(jax.tree.map(jnp.copy, adapter), ADAMW)
     return compiled(config, sft, ADAMW, options)(state, base, None, data, KEY)
 
@@ -109,7 +113,9 @@ def test_a_batch_without_anything_to_learn_changes_nothing(config: ModelConfig, 
     assert state.step == 1
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_the_loss_scale(config: ModelConfig, base: Weights, adapter: Adapter) -> None:
+def test_a_step_that_is_not_finite_changes_nothing_but_the_loss_scale(
+    config: ModelConfig, base: Weights, adapter: Adapter
+) -> None:
     def broken(policy: object, reference: object, batch: dict) -> object:
         terms = sft(policy, reference, batch)
         return terms._replace(total=terms.total * jnp.inf)
@@ -124,7 +130,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_loss_scale(config: Mo
     assert state.optimizer[0].count == 0
 
 
-def test_the_loss_scale_does_not_show_in_the_result_and_grows_within_its_bound(config: ModelConfig, base: Weights, adapter: Adapter) -> None:
+def test_the_loss_scale_does_not_show_in_the_result_and_grows_within_its_bound(
+    config: ModelConfig, base: Weights, adapter: Adapter
+) -> None:
     plain, report = stepped(config, base, adapter, window(examples(), 2, 4))
     start = new_state(jax.tree.map(jnp.copy, adapter), ADAMW, scale=2.0**24)
     start = start.replace(good_steps=jnp.int32(GROW_AFTER - 1))
@@ -133,7 +141,9 @@ def test_the_loss_scale_does_not_show_in_the_result_and_grows_within_its_bound(c
     np.testing.assert_allclose(scaled.grad_norm, report.grad_norm, rtol=1e-6)
     assert distance(state.adapter, plain.adapter) < 1e-6
     assert state.scale == 2.0**24 and state.good_steps == 0
-    state, _ = step(state.replace(scale=jnp.float32(2.0**8), good_steps=jnp.int32(GROW_AFTER - 1)), base, None, window(examples(), 2, 4), KEY)
+    state, _ = step(
+        state.replace(scale=jnp.float32(2.0**8), good_steps=jnp.int32(GROW_AFTER - 1)), base, None, window(examples(), 2, 4), KEY
+    )
     assert state.scale == 2.0**9
 
 
@@ -171,7 +181,9 @@ def test_lora_plus_moves_b_by_its_ratio(config: ModelConfig, base: Weights, adap
     plus, _ = stepped(config, base, adapter, data, StepOptions(b_rate=4.0))
     for path in adapter.a:
         np.testing.assert_allclose(plus.adapter.a[path], plain.adapter.a[path], atol=1e-7)
-        np.testing.assert_allclose(plus.adapter.b[path] - adapter.b[path], 4 * (plain.adapter.b[path] - adapter.b[path]), atol=1e-6)
+        np.testing.assert_allclose(
+            plus.adapter.b[path] - adapter.b[path], 4 * (plain.adapter.b[path] - adapter.b[path]), atol=1e-6
+        )
 
 
 def test_rematerialisation_changes_no_gradient(config: ModelConfig, base: Weights, adapter: Adapter) -> None:
@@ -201,7 +213,9 @@ def test_noise_is_a_function_of_the_step_and_gone_in_evaluation(config: ModelCon
     np.testing.assert_allclose(terms.total / terms.count, losses[Noise()][0], rtol=1e-6)
 
 
-def test_log_probs_are_those_of_the_logits(config: ModelConfig, base: Weights, adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probs_are_those_of_the_logits(
+    config: ModelConfig, base: Weights, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(policy, "BLOCK", 16)
     data = {name: jnp.asarray(array[0]) for name, array in window(examples(), 1, 8).items()}
     tokens, wanted = data["tokens"], data["mask"]

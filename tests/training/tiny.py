@@ -1,4 +1,4 @@
-"""A base model that trains in milliseconds: a random Llama of two layers with a byte-level tokenizer and a chat template, as a folder."""
+"""A base model that trains in milliseconds: a random Llama of two layers, with a byte-level tokenizer and a chat template."""
 
 import json
 import pathlib
@@ -18,8 +18,8 @@ TEMPLATE = (
 )
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "eos_token_id": 257, "torch_dtype": "float32",
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
+    "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "eos_token_id": 257, "torch_dtype": "float32",
 }  # fmt: skip
 
 
