@@ -18,6 +18,7 @@ from bench import adapters, machine, report, scenarios
 from bench.drivers import DRIVERS
 from bench.gguf_files import NoGguf, write_adapter, write_model
 from bench.session import Session
+from bench.worker import DriverFailed
 from bench.workloads import MIXES, Prompts, rows
 from jaxlora.checkpoint import resolve
 from jaxlora.config import ModelConfig
@@ -63,7 +64,11 @@ def main() -> None:
     for name in options.scenarios:
         say(f"scenario {name}")
         context = scenarios.Context(cache, folder, model, config, settings, prompts, options, say)
-        results["scenarios"][name] = scenarios.SCENARIOS[name](context)
+        try:
+            results["scenarios"][name] = scenarios.SCENARIOS[name](context)
+        except (scenarios.Skipped, DriverFailed) as error:
+            say(f"  {error}")
+            results["scenarios"][name] = {"title": f"Scenario {name}", "columns": [], "rows": [], "note": f"Not measured: {error}"}
         report.write(folder, results)
     report.write(folder, results)
     report.plot(folder, say)

@@ -38,7 +38,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         parts.append(f"## {dtype}")
         parts += _precision(dtype, found, results)
     for scenario in results["scenarios"].values():
-        parts += [f"## {scenario['title']}", table(scenario["columns"], scenario["rows"]), scenario.get("note", "")]
+        found = table(scenario["columns"], scenario["rows"]) if scenario["rows"] else ""
+        parts += [f"## {scenario['title']}", found, scenario.get("note", "")]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

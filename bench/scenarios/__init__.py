@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.scenarios import prefix, publishing, starts, training, wire, zipf
-from bench.scenarios.context import Context
+from bench.scenarios.context import Context, Skipped
 
 SCENARIOS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "wire": wire.measure,
@@ -18,4 +18,4 @@ SCENARIOS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "training": training.measure,
 }
 
-__all__ = ["SCENARIOS", "Context"]
+__all__ = ["SCENARIOS", "Context", "Skipped"]
