@@ -19,9 +19,11 @@ from training.losses import preference
 from training.losses.preference import PreferenceLoss, UnpairedLoss
 from training.method import Example, Method, Window
 from training.options import Options, option
+from training.references import with_references
+from training.scores import Scorer
 from training.script import run_script
 from training.step import make_evaluation
-from training.task import Task
+from training.task import Task, say
 
 KINDS = (*preference.PAIRWISE, "kto")
 
@@ -34,6 +36,9 @@ class DpoOptions(Options):
     beta: float = option(0.1, "how much a distance from the reference costs (IPO's tau, ORPO's lambda)", low=1e-6)
     label_smoothing: float = option(0.0, "share of labels that are taken to be wrong (sigmoid, robust)", low=0, high=0.499)
     reference: str = option("start", "what answers are compared with: `start`, the adapter of --init, or `base`")
+    precompute_reference: bool = option(
+        False, "compute the reference's log-probabilities once, before training, and keep them in the cache (pairs only)"
+    )
     desirable_weight: float = option(1.0, "KTO: weight of good answers", low=0)
     undesirable_weight: float = option(1.0, "KTO: weight of bad answers", low=0)
     epochs: float = option(1.0, "times that the data is gone through", low=0)
@@ -47,6 +52,8 @@ class DpoOptions(Options):
             found.append(f"--label-smoothing: {self.loss} has none; {' and '.join(preference.SMOOTHED)} do")
         if self.reference not in ("start", "base"):
             found.append(f"--reference: {self.reference!r} is neither start nor base")
+        if self.precompute_reference and self.loss in ("kto", *preference.WITHOUT_REFERENCE):
+            found.append(f"--precompute-reference: is for losses on pairs with a reference, which {self.loss} is not")
         return found
 
 
@@ -75,25 +82,51 @@ class KtoSource:
 def build(task: Task) -> Method:
     """The method for a task. Raises SetupError for data that can't be used."""
     options = task.options
-    facts = {"loss": options.loss}
     if options.loss == "kto":
-        learned, held_out = (_labelled(task, found) for found in task.examples(functools.partial(pairs.labelled, task.encoder)))
+        encode = functools.partial(pairs.labelled, task.encoder)
         loss = UnpairedLoss(options.beta, options.desirable_weight, options.undesirable_weight)
-        source = KtoSource(task.batches(learned), _divergence(task))
     else:
-        learned, held_out = task.examples(functools.partial(pairs.pair, task.encoder))
+        encode = functools.partial(pairs.pair, task.encoder)
         loss = PreferenceLoss(options.loss, options.beta, options.label_smoothing)
-        source = task.batches(learned)
-    return Method("dpo", loss, source, task.held_out(held_out), options.reference, facts)
+    learned, held_out = task.examples(lambda record: (encode(record), pairs.question(task.encoder, record)))
+    examples, held_out_examples = ([example for example, _ in found] for found in (learned, held_out))
+    if options.loss == "kto":
+        source = KtoSource(task.batches(_with_others(task, examples)), _divergence(task))
+        held_out_examples = _with_others(task, held_out_examples)
+    else:
+        if options.precompute_reference:
+            examples, held_out_examples = (_with_references(task, found) for found in (examples, held_out_examples))
+        source = task.batches(examples)
+    questions = [question for _, question in held_out if question is not None]
+    return Method(
+        "dpo", loss, source, held_out=task.held_out(held_out_examples), questions=questions, reference=options.reference
+    )
 
 
-def _labelled(task: Task, found: Sequence[Sequence[Example]]) -> list[Example]:
+def _with_references(task: Task, found: Sequence[Example]) -> list[Example]:
+    return with_references(
+        found,
+        Scorer(task.base.config, task.weights),
+        _reference(task),
+        model={**task.base.identity(), "dtype": task.base.dtype},
+        folder=task.base.settings.cache_dir / "references",
+        rows=2 * task.options.micro_batch,
+        buckets=task.options.buckets,
+        say=say,
+    )
+
+
+def _reference(task: Task) -> Adapter | None:
+    return task.start if task.options.reference == "start" else None
+
+
+def _with_others(task: Task, found: Sequence[Sequence[Example]]) -> list[Example]:
     return pairs.with_others([example for examples in found for example in examples], task.options.max_length)
 
 
 def _divergence(task: Task) -> Callable[[Adapter, Window], float]:
     evaluate = make_evaluation(task.base.config, preference.other_divergence)
-    reference = task.start if task.options.reference == "start" else None
+    reference = _reference(task)
 
     def divergence(adapter: Adapter, window: Window) -> float:
         # On one device: an adapter that is spread over several can't be mixed with what lies on one.

@@ -134,7 +134,7 @@ def build(closing: contextlib.ExitStack, task: Task) -> Method:
         options.max_completion,
         options.temperature,
     )
-    return Method("grpo", loss, source, None, options.reference, {"rewards_sha256": _hashes(options.reward)})
+    return Method("grpo", loss, source, reference=options.reference, facts={"rewards_sha256": _hashes(options.reward)})
 
 
 def _hashes(specs: Sequence[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from training.data import Encoder
-from training.method import Example
+from training.method import Example, Question
 from training.records import BadLine, Record, TooLong
 
 
@@ -44,6 +44,20 @@ def labelled(encoder: Encoder, record: Record) -> list[Example]:
         tokens, mask = _sequence(encoder, fields, key)
         found.append(Example((record.number,), {"tokens": tokens, "mask": mask, "desirable": np.uint8(desirable)}))
     return found
+
+
+def question(encoder: Encoder, record: Record) -> Question | None:
+    """The prompt with the better answer, for task metrics; None where the only answer is a bad one. Raises BadLine."""
+    fields = record.fields
+    if "label" in fields:
+        answer = fields["completion"] if fields["label"] else None
+    else:
+        fields = _with_prompt(fields)
+        answer = fields["chosen"]
+    if answer is None:
+        return None
+    answer = answer if isinstance(answer, str) else answer[-1]["content"]
+    return Question(record.number, tuple(encoder.prompt(fields["prompt"])), answer)
 
 
 def with_others(examples: Sequence[Example], max_length: int) -> list[Example]:

@@ -20,7 +20,7 @@ def place(tmp_path: pathlib.Path, tiny_model: pathlib.Path, monkeypatch: pytest.
     cache = Settings.read().cache_dir
     monkeypatch.setenv("MODEL", str(tiny_model))
     monkeypatch.setenv("CACHE_DIR", str(cache))  # native kernels are built once on a machine
-    monkeypatch.setenv("MAX_SLOTS", "8")
+    monkeypatch.setenv("MAX_SLOTS", "2")  # few shapes to compile
     records = [{"prompt": f"{at} then ", "stop_at": str(tmp_path / "stop")} for at in range(10)]
     records += [{"prompt": [{"role": "user", "content": f"after {at}?"}], "stop_at": str(tmp_path / "stop")} for at in range(6)]
     tiny.write_lines(tmp_path / "prompts.jsonl", records)
