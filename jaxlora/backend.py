@@ -4,6 +4,7 @@ Both give the same answers within rounding, and each gives a row the same bits i
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Protocol
 
@@ -25,6 +26,7 @@ class Backend(Protocol):
 
     packing: Packing
     name: str
+    compiler_options: dict[str, bool]
 
     def batch_sizes(self, slots: int) -> tuple[int, ...]:
         """The numbers of rows that a decode step may have, ascending; the last is `slots`."""
@@ -50,6 +52,10 @@ class XlaBackend:
 
     packing = PlainPacking()
     name = "xla"
+
+    @property
+    def compiler_options(self) -> dict[str, bool]:
+        return _quick_gathers() if jax.default_backend() == "cpu" else {}
 
     def batch_sizes(self, slots: int) -> tuple[int, ...]:
         return (slots,)
@@ -105,6 +111,7 @@ class NativeBackend:
 
     kernels: native.Kernels
     packing = NativePacking()
+    compiler_options = {}
 
     @property
     def name(self) -> str:
@@ -150,6 +157,17 @@ class NativeBackend:
         return native.Kernels.attention(
             q, k, v, k_cache, v_cache, rows.starts, rows.lengths, rows.slots, scale=q.shape[-1] ** -0.5, window=window
         )
+
+
+@functools.cache
+def _quick_gathers() -> dict[str, bool]:
+    # The fusion emitters of jaxlib 0.7 take a second to compile each gather from the bank. Later ones may not know the option.
+    options = {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: jnp.zeros(()), compiler_options=options)()
+    except Exception:  # whatever type this version refuses an unknown option with
+        return {}
+    return options
 
 
 def choose(build_dir: pathlib.Path) -> tuple[Backend, str]:

@@ -69,7 +69,7 @@ class Program:
         self._state = State(
             KVCache.empty(config, sizes.slots, sizes.max_seq_len, sizes.prefill_chunk, dtype), History.empty(sizes.slots, config.vocab_size)
         )
-        self._step = jax.jit(self._trace, donate_argnames="state", static_argnames="every_slot")
+        self._step = jax.jit(self._trace, donate_argnames="state", static_argnames="every_slot", compiler_options=backend.compiler_options or None)
         self.batch_sizes = backend.batch_sizes(sizes.slots)
         self.chunk_lengths = backend.chunk_lengths(sizes.prefill_chunk)
 
