@@ -1,9 +1,8 @@
 """Checkpoints of a run: everything that the next step depends on, whole or not at all.
 
 `<folder>/<step>/` holds `state.safetensors`, the leaves of the training state by their place in its tree, and `state.json` with
-the rest and the hash of both. Written aside, synced, renamed; the newest one whose bytes are those that were written counts.
-Plain files rather than Orbax, for the hash: Orbax renames into place as well, but on restoring it can't tell bytes that changed
-on the disk.
+the rest and the hash of both. Written aside, synced, renamed; the newest one whose bytes are those that were written counts. Plain files
+rather than Orbax, for the hash: Orbax 0.12 renames into place as well, but restores a file with a flipped bit without a word.
 """
 
 import dataclasses
