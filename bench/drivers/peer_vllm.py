@@ -42,6 +42,10 @@ class VllmDriver:
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
         }
+        # As its documentation advises for CPUs.
+        openmp = pathlib.Path(setup["vllm"]).parent.parent / "lib" / "libiomp5.so"
+        if openmp.exists():
+            environ["LD_PRELOAD"] = str(openmp)
         self._process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=2)
         self._wait_until_ready()
         with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/version", timeout=5) as answer:
