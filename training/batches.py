@@ -12,6 +12,7 @@ import numpy as np
 from training.method import Example, Window
 
 ALIGNMENT = 16  # lengths are rounded up to a multiple of this, in tokens
+OPEN = 64  # rows that packing looks at: the time that it takes grows with the examples, not with their square
 
 
 def choose_buckets(lengths: Sequence[int], count: int) -> tuple[int, ...]:
@@ -38,14 +39,15 @@ def choose_buckets(lengths: Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def pack(examples: Sequence[Example], length: int) -> list[Example]:
-    """Puts examples together into rows of at most `length` tokens, in order, each into the first row with room.
+    """Puts examples together into rows of at most `length` tokens, each into the first of the last `OPEN` with room.
 
     Their arrays are joined; `segments` numbers the examples of a row from 1, so that attention and positions keep them apart.
     """
     rows: list[list[Example]] = []
     room: list[int] = []
     for example in examples:
-        at = next((index for index, left in enumerate(room) if left >= example.length), len(rows))
+        open_rows = range(max(0, len(rows) - OPEN), len(rows))
+        at = next((index for index in open_rows if room[index] >= example.length), len(rows))
         if at == len(rows):
             rows.append([])
             room.append(length)

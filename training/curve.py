@@ -21,7 +21,8 @@ def draw(entries: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
         if points:
             axes.plot(*zip(*points), style, label=name, linewidth=1)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=100)
     replace(path, data.getvalue())

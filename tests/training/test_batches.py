@@ -1,6 +1,7 @@
 """Windows of fixed shapes: every example once an epoch, in an order that is a function of (seed, epoch)."""
 
 import itertools
+import time
 from collections import Counter
 
 import numpy as np
@@ -87,6 +88,12 @@ def test_packing_keeps_every_example_whole_and_apart() -> None:
             assert len(set(tokens.tolist())) == 1
             found[int(tokens[0]) - 1, len(tokens)] += 1
     assert found == Counter(enumerate(LENGTHS))
+
+
+def test_packing_many_examples_takes_no_time() -> None:
+    began = time.monotonic()
+    rows = pack(examples([5 + at % 90 for at in range(20_000)]), 96)
+    assert time.monotonic() - began < 10 and sum(len(row.lines) for row in rows) == 20_000
 
 
 def test_packed_windows_have_one_shape() -> None:
