@@ -28,7 +28,9 @@ class VllmDriver:
     def start(self, setup: dict[str, Any]) -> dict[str, Any]:
         [self._port] = free_ports(1)
         command = [
-            setup["vllm"], "serve", setup["model"], "--served-model-name", BASE, "--host", "127.0.0.1", "--port", str(self._port),
+            # `vllm serve` looks for a package named vllm to tell its version, and this build has another name.
+            str(pathlib.Path(setup["vllm"]).parent / "python"), "-m", "vllm.entrypoints.openai.api_server",
+            "--model", setup["model"], "--served-model-name", BASE, "--host", "127.0.0.1", "--port", str(self._port),
             "--dtype", setup["dtype"], "--max-model-len", str(setup["max_seq_len"]), "--max-num-seqs", str(setup["slots"]),
             "--enable-lora", "--max-loras", str(len(setup["adapters"])), "--max-lora-rank", str(setup["max_rank"]),
             # Every prompt is another one; this only spares the hashing.
