@@ -1,9 +1,10 @@
 """Task metrics: from answers and what they should be to a number between 0 and 1 (BLEU: 0 to 100), more being better.
 
-A metric is a function of two lists of texts, answers and references, that returns a number, or numbers by name. One of one's own
-is named `file.py:function` or `package.module:function`.
+A metric is a function of two lists of texts, answers and references, that returns a number, or numbers by name. One with a third
+parameter `prompts` gets those as well. One of one's own is named `file.py:function` or `package.module:function`.
 """
 
+import inspect
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 from jaxlora.errors import SetupError
 
-Metric = Callable[[Sequence[str], Sequence[str]], float | Mapping[str, float]]
+Metric = Callable[..., float | Mapping[str, float]]
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
@@ -47,7 +48,9 @@ def bleu(answers: Sequence[str], references: Sequence[str]) -> float:
 METRICS: dict[str, Metric] = {metric.__name__: metric for metric in (exact_match, json_valid, slot_f1, bleu)}
 
 
-def scores(metrics: Mapping[str, Metric], answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def scores(
+    metrics: Mapping[str, Metric], answers: Sequence[str], references: Sequence[str], prompts: Sequence[str] = ()
+) -> dict[str, float]:
     """`eval_<name>` of every metric, `eval_<name>_<part>` where one gives several numbers.
 
     Raises:
@@ -56,7 +59,8 @@ def scores(metrics: Mapping[str, Metric], answers: Sequence[str], references: Se
     found: dict[str, float] = {}
     for name, metric in metrics.items():
         try:
-            result = metric(list(answers), list(references))
+            more = {"prompts": list(prompts)} if "prompts" in inspect.signature(metric).parameters else {}
+            result = metric(list(answers), list(references), **more)
             parts = (
                 {f"eval_{name}_{part}": float(value) for part, value in result.items()}
                 if isinstance(result, Mapping)
