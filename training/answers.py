@@ -34,8 +34,9 @@ class TaskScores:
         found = self._sampler_for(adapter).sample(
             adapter, [question.prompt for question in self._questions], [0] * len(self._questions)
         )
-        answers = [self._task.base.tokenizer.decode(answer.tokens) for answer in found.answers]
-        return scores(self._metrics, answers, [question.answer for question in self._questions])
+        decode = self._task.base.tokenizer.decode
+        answers, prompts = [decode(answer.tokens) for answer in found.answers], [decode(asked.prompt) for asked in self._questions]
+        return scores(self._metrics, answers, [question.answer for question in self._questions], prompts)
 
     def close(self) -> None:
         """Stops the engine."""
