@@ -4,6 +4,7 @@ Knows how to call a driver; knows neither what it measures nor what it runs. Imp
 runs in environments that hold little else.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 from bench import processes
 
 START_TIMEOUT_S = 900.0
-CALL_TIMEOUT_S = 600.0
+CALL_TIMEOUT_S = 300.0
 EXIT_TIMEOUT_S = 30.0
 
 
@@ -133,7 +134,7 @@ class Worker:
 
         Raises:
             Unsupported: the system can't do that.
-            DriverFailed: it raised, ended, or did not answer in time.
+            DriverFailed: it raised, ended, or did not answer in time, and then is ended.
         """
         return self._ask({"op": op, "arguments": arguments}, timeout_s)
 
@@ -143,10 +144,14 @@ class Worker:
             self._process.stdin.close()
             self._process.wait(EXIT_TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired):
-            for pid in processes.tree(self._process.pid):
-                os.kill(pid, signal.SIGKILL)
-            self._process.wait()
+            self._kill()
         self._log.close()
+
+    def _kill(self) -> None:
+        for pid in processes.tree(self.driver_pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
 
     def _ask(self, message: dict[str, Any], timeout_s: float) -> Any:
         try:
@@ -154,6 +159,7 @@ class Worker:
             self._process.stdin.flush()
             line = self._lines.get(timeout=timeout_s)
         except queue.Empty:
+            self._kill()  # its answer would be taken for that to the next question
             raise DriverFailed(f"{self.name}: no answer to {message['op']!r} in {timeout_s:g} s; its log is {self.log_path}") from None
         except OSError:
             line = ""

@@ -16,7 +16,7 @@ from jaxlora.text import Tokenizer
 from server.repository import PROJECT
 
 DRIVER = """
-import os, sys
+import os, sys, time
 from bench.worker import Answer, Unsupported, serve
 class Driver:
     def start(self, setup):
@@ -36,6 +36,8 @@ class Driver:
         raise KeyError("what")
     def leave(self):
         sys.exit(3)
+    def sleep(self):
+        time.sleep(60)
     def stop(self):
         print("stopped")
 serve(Driver())
@@ -73,6 +75,13 @@ def test_a_driver_says_what_it_cannot_do_and_goes_on(worker):
 def test_a_driver_that_ends_is_told_from_one_that_answers(worker):
     with pytest.raises(DriverFailed, match="ended"):
         worker.call("leave")
+
+
+def test_a_driver_that_does_not_answer_in_time_is_ended(worker):
+    with pytest.raises(DriverFailed, match="no answer to 'sleep'"):
+        worker.call("sleep", timeout_s=1)
+    with pytest.raises(DriverFailed, match="ended"):
+        worker.call("start", setup={})
 
 
 def test_a_driver_stops_what_it_started_when_it_is_stopped(worker):
