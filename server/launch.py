@@ -4,7 +4,6 @@ The server and the processes of its Python models live in a session of their own
 which stops them in order. All output of the server goes into a log file; `on_line` sees each line too.
 """
 
-import ctypes
 import os
 import pathlib
 import re
@@ -26,7 +25,13 @@ EXIT_TIMEOUT_S = 10
 
 # A first compilation of all programs, on a slow machine. Triton's own limit is 30 s.
 _STUB_TIMEOUT_S = 3600
-_PR_SET_PDEATHSIG = 1
+# Becomes another program, which is told to stop when the thread that started it ends: prctl(PR_SET_PDEATHSIG, SIGTERM).
+_UNTIL_PARENT_ENDS = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):  # else it ended before the call
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 _FAILED_LOAD = re.compile(r"^E.*\"failed to load '(?P<model>[^']+)' version \d+: (?P<reason>.*)\"$")
 
 
@@ -107,16 +112,15 @@ class TritonServer:
         found = installation.find(self.settings.cache_dir, self._environ)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         repository.compile_models(self.model_repository, self.models)
-        libc = ctypes.CDLL(None)  # loaded here, as the child may not import anything
         self._process = subprocess.Popen(
-            self._command(found),
+            # Not `preexec_fn`: that forks this process, which may have JAX's threads in it.
+            [sys.executable, "-I", "-S", "-c", _UNTIL_PARENT_ENDS, str(os.getpid()), *self._command(found)],
             env=self._environment(found),
             cwd=repository.PROJECT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
         )
         self._reader = threading.Thread(target=self._read, name="triton-log", daemon=True)
         self._reader.start()
