@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from jaxlora.lora import Adapter
 from training.method import Question
 from training.metrics import METRICS, Metric, scores
-from training.rewards import find_function
+from training.functions import find_function
 from training.rollouts import Sampler, Sampling
 from training.task import Task, say
 
@@ -27,11 +27,11 @@ class TaskScores:
     def __init__(self, task: Task, questions: Sequence[Question], metrics: Mapping[str, Metric]):
         self._task, self._metrics = task, metrics
         self._questions = list(questions)[: task.options.eval_samples]
-        self._sampler: tuple[object, Sampler] | None = None
+        self._sampler: Sampler | None = None
 
     def __call__(self, adapter: Adapter) -> dict[str, float]:
         """`eval_<metric>` by name."""
-        found = self._sampler_for(adapter).sample(
+        found = self._opened(adapter).sample(
             adapter, [question.prompt for question in self._questions], [0] * len(self._questions)
         )
         decode = self._task.base.tokenizer.decode
@@ -41,33 +41,29 @@ class TaskScores:
     def close(self) -> None:
         """Stops the engine."""
         if self._sampler:
-            self._sampler[1].close()
+            self._sampler.close()
             self._sampler = None
 
-    def _sampler_for(self, adapter: Adapter) -> Sampler:
-        # An engine is made for one set of modules and ranks; the version being served may have another.
-        shapes = {path: a.shape for path, a in adapter.a.items()}
-        if self._sampler is None or self._sampler[0] != shapes:
-            self.close()
-            base = self._task.base
+    def _opened(self, adapter: Adapter) -> Sampler:
+        if self._sampler is None:
             sampling = Sampling(
                 max_prompt=max(len(question.prompt) for question in self._questions),
                 max_completion=self._task.options.eval_max_tokens,
                 temperature=0.0,
                 slots=min(SLOTS, len(self._questions)),
-                # The engine has no float16.
-                dtype="float32" if base.dtype == "float16" else base.dtype,
+                dtype=engine_dtype(self._task.base.dtype),
             )
-            stop = {base.eos, *base.config.eos_token_ids}
-            made = Sampler(
-                base.folder,
-                base.config,
-                self._task.weights,
-                adapter,
-                sampling,
-                sorted(stop),
-                base.settings.cache_dir / "native",
-                say,
-            )
-            self._sampler = (shapes, made)
-        return self._sampler[1]
+            self._sampler = open_sampler(self._task, sampling, adapter)
+        return self._sampler
+
+
+def open_sampler(task: Task, sampling: Sampling, like: Adapter) -> Sampler:
+    """An engine on the task's base model, ready for adapters such as `like`. Answers end with the tokens that end a text."""
+    base = task.base
+    stop = sorted({base.eos, *base.config.eos_token_ids})
+    return Sampler(base.folder, base.config, task.weights, like, sampling, stop, base.settings.cache_dir / "native", say)
+
+
+def engine_dtype(dtype: str) -> str:
+    """The type that the engine computes in for a training type: it has no float16."""
+    return "float32" if dtype == "float16" else dtype

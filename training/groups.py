@@ -7,7 +7,7 @@ to read, and for a run that is resumed between the updates that learn from it, w
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,13 +64,62 @@ class Plan:
 
 # sample(adapter, prompts, seeds): as `training.rollouts.Sampler.sample`.
 Sample = Callable[[Adapter, Sequence[Sequence[int]], Sequence[int]], Sampled]
+HELD_OUT = 1 << 31  # in the place of a rollout's number in the seeds of held-out answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Answers with their texts, their rewards `[N]` (NaN: none), and what each reward function gave."""
+
+    sampled: Sampled
+    texts: list[str]
+    rewards: np.ndarray
+    by_function: Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Samples answers and asks the reward functions. `decode`: token ids to the text that they judge."""
+
+    sample: Sample
+    rewards: Rewards
+    decode: Callable[[Sequence[int]], str]
+
+    def __call__(self, adapter: Adapter, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Judged:
+        """One answer to each prompt. Raises RewardError."""
+        sampled = self.sample(adapter, [prompt.ids for prompt in prompts], seeds)
+        texts = [self.decode(answer.tokens) for answer in sampled.answers]
+        fields = sorted({name for prompt in prompts for name in prompt.columns})
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in fields}
+        return Judged(sampled, texts, *self.rewards([prompt.prompt for prompt in prompts], texts, columns))
+
+
+class HeldOutRewards:
+    """Rewards of held-out prompts, sampled with the same seeds every time: the `scores` of a method, and a `HeldOut` without windows."""
+
+    def __init__(self, prompts: Sequence[Prompt], judge: Judge, seed: int):
+        self._prompts, self._judge, self._seeds = prompts, judge, seeds(seed, HELD_OUT, len(prompts))
+
+    def windows(self) -> Iterator[Window]:
+        return iter(())
+
+    def __call__(self, adapter: Adapter) -> dict[str, float]:
+        """`eval_reward` and the mean of each function as `eval_reward_<name>`; `eval_loss` is minus the reward."""
+        try:
+            judged = self._judge(adapter, self._prompts, self._seeds)
+        except RewardError as error:
+            raise TrainingStopped(f"held-out prompts: {error}; the last checkpoint stays") from error
+        reward = _mean(judged.rewards)
+        found = {"eval_loss": -reward, "eval_reward": reward}
+        if len(judged.by_function) > 1:
+            found |= {f"eval_reward_{name}": _mean(values) for name, values in judged.by_function.items()}
+        return found
 
 
 class Groups:
     """A `training.method.Source`.
 
     Arguments:
-        decode: token ids to the text that reward functions judge.
         score: needed where a rollout is learned from more than once: log-probabilities under the policy that sampled come from the
             forward pass of training and not from the engine, whose rounding differs, so that ratios start at exactly what they mean.
         folder: where rollouts are written.
@@ -80,14 +129,11 @@ class Groups:
         self,
         prompts: Sequence[Prompt],
         plan: Plan,
-        sample: Sample,
-        rewards: Rewards,
-        decode: Callable[[Sequence[int]], str],
+        judge: Judge,
         score: Scorer,
         folder: pathlib.Path,
     ):
-        self._prompts, self._plan, self._folder = prompts, plan, folder
-        self._sample, self._rewards, self._decode, self._score = sample, rewards, decode, score
+        self._prompts, self._plan, self._judge, self._score, self._folder = prompts, plan, judge, score, folder
         self._number, self._rollout, self._window = -1, {}, {}
         self.steps_per_epoch = len(prompts) * plan.updates / plan.prompts
 
@@ -120,15 +166,11 @@ class Groups:
 
     def _made(self, number: int, adapter: Adapter) -> dict[str, Any]:
         each = [prompt for prompt in self._of(number) for _ in range(self._plan.group)]
-        sampled = self._sample(adapter, [prompt.ids for prompt in each], seeds(self._plan.seed, number, len(each)))
-        texts = [self._decode(answer.tokens) for answer in sampled.answers]
-        fields = sorted({name for prompt in each for name in prompt.columns})
-        columns = {name: [prompt.columns.get(name) for prompt in each] for name in fields}
         try:
-            total, by_function = self._rewards([prompt.prompt for prompt in each], texts, columns)
+            judged = self._judge(adapter, each, seeds(self._plan.seed, number, len(each)))
         except RewardError as error:
             raise TrainingStopped(f"rollout {number}: {error}; the last checkpoint stays") from error
-        groups = total.reshape(-1, self._plan.group)
+        groups = judged.rewards.reshape(-1, self._plan.group)
         gains = advantages(groups, self._plan.scale).reshape(-1)
         answers = [
             {
@@ -137,12 +179,12 @@ class Groups:
                 "answer": answer.tokens,
                 "text": text,
                 "finished": answer.finished,
-                "rewards": {name: _number(values[at]) for name, values in by_function.items()},
+                "rewards": {name: _number(values[at]) for name, values in judged.by_function.items()},
                 "advantage": float(gains[at]),
             }
-            for at, (prompt, answer, text) in enumerate(zip(each, sampled.answers, texts))
+            for at, (prompt, answer, text) in enumerate(zip(each, judged.sampled.answers, judged.texts))
         ]
-        return {"rollout": number, "metrics": _metrics(groups, by_function, sampled), "answers": answers}
+        return {"rollout": number, "metrics": _metrics(groups, judged), "answers": answers}
 
     def _take(self, number: int, rollout: dict[str, Any], sampler: Adapter | None) -> None:
         """Makes the window of a rollout, and writes what is new: `sampler` is the adapter that a new one was sampled from."""
@@ -191,23 +233,29 @@ def length_buckets(longest: int, count: int) -> tuple[int, ...]:
     return tuple(sorted({-(-blocks * part // count) * ALIGNMENT for part in range(1, count + 1)}))
 
 
-def _metrics(groups: np.ndarray, by_function: Mapping[str, np.ndarray], sampled: Sampled) -> dict[str, float]:
-    lengths = np.array([len(answer.tokens) for answer in sampled.answers])
+def _metrics(groups: np.ndarray, judged: Judged) -> dict[str, float]:
+    sampled = judged.sampled
+    lengths = [len(answer.tokens) for answer in sampled.answers]
     spread = np.nan_to_num(np.nanmax(groups, axis=1, initial=-np.inf) - np.nanmin(groups, axis=1, initial=np.inf), neginf=0.0)
     known = groups[~np.isnan(groups)]
     found = {
-        "reward": float(known.mean()) if known.size else 0.0,
+        "reward": _mean(groups),
         "reward_std": float(known.std()) if known.size else 0.0,
         "groups_without_signal": float((spread <= 0).mean()),
-        "answer_tokens": float(lengths.mean()),
+        "answer_tokens": float(np.mean(lengths)),
         "answers_cut": float(np.mean([not answer.finished for answer in sampled.answers])),
         "sampling_seconds": sampled.seconds,
         "sampled_tokens_per_second": sampled.tokens_per_second,
     }
-    if len(by_function) > 1:
-        judged = {name: values[~np.isnan(values)] for name, values in by_function.items()}
-        found |= {f"reward/{name}": float(values.mean()) for name, values in judged.items() if values.size}
+    if len(judged.by_function) > 1:
+        found |= {f"reward_{name}": _mean(values) for name, values in judged.by_function.items()}
     return found
+
+
+def _mean(rewards: np.ndarray) -> float:
+    """Of the answers that have a reward; 0 where none has."""
+    known = rewards[~np.isnan(rewards)]
+    return float(known.mean()) if known.size else 0.0
 
 
 def _number(value: float) -> float | None:

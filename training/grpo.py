@@ -2,7 +2,7 @@
 
 Every rollout samples `--group` answers to each of some prompts from the adapter as it is, by the serving engine in this process, judges
 them by the reward functions, see `training.rewards`, and `--updates` optimizer steps learn from it. Data: `{"prompt"}`, a text or a list
-of messages, with any further fields that the reward functions want.
+of messages, with any further fields that the reward functions want. Held-out prompts give `eval_reward`, and minus that as `eval_loss`.
 """
 
 import contextlib
@@ -13,18 +13,18 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from jaxlora.errors import SetupError
+from training.answers import engine_dtype, open_sampler
 from training.data import Encoder
-from training.groups import Groups, Plan, Prompt, length_buckets
+from training.groups import Groups, HeldOutRewards, Judge, Plan, Prompt, length_buckets
 from training.losses.grpo import NORMALISATIONS, SCALES, GrpoLoss
 from training.method import Method
 from training.options import Options, option
 from training.records import BadLine, Record, TooLong
 from training.rewards import Rewards
-from training.rollouts import Sampler, Sampling
+from training.rollouts import Sampling
 from training.scores import Scorer
 from training.script import run_script
-from training.task import Task, check_name, say
+from training.task import Task, check_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,13 +65,13 @@ class GrpoOptions(Options):
             "rollout-dtype": (self.sampling_dtype, ("float32", "bfloat16")),
         }
         found += [f"--{name}: {value!r} is none of {', '.join(known)}" for name, (value, known) in choices.items() if value not in known]
-        if self.eval_data is not None or self.eval_share:
-            found.append("--eval-data, --eval-share: there is no held-out loss here; the rewards of each rollout are in metrics.jsonl")
+        if self.metric:
+            found.append("--metric: held-out answers are judged by the reward functions, as eval_reward")
         return found
 
     @property
     def sampling_dtype(self) -> str:
-        return self.rollout_dtype or ("float32" if self.dtype == "float16" else self.dtype)
+        return self.rollout_dtype or engine_dtype(self.dtype)
 
     @property
     def advantage_scale(self) -> str:
@@ -100,11 +100,10 @@ def build(closing: contextlib.ExitStack, task: Task) -> Method:
     """
     options = task.options
     rewards = Rewards.load(options.reward, options.reward_weights or None)
-    prompts, _ = task.examples(functools.partial(encode, task.encoder, options.max_length - options.max_completion))
-    longest = max(len(prompt.ids) for prompt in prompts)
-    sampling = Sampling(
-        longest, options.max_completion, options.temperature, min(task.base.settings.max_slots, options.batch_size), options.sampling_dtype
-    )
+    prompts, held_out = task.examples(functools.partial(encode, task.encoder, options.max_length - options.max_completion))
+    longest = max(len(prompt.ids) for prompt in (*prompts, *held_out))
+    slots = min(task.base.settings.max_slots, options.batch_size)
+    sampling = Sampling(longest, options.max_completion, options.temperature, slots, options.sampling_dtype)
     plan = Plan(
         seed=options.seed,
         group=options.group,
@@ -116,16 +115,13 @@ def build(closing: contextlib.ExitStack, task: Task) -> Method:
         temperature=options.temperature,
         skip_cut=options.skip_cut,
     )
-    base = task.base
-    stop = dict.fromkeys((*base.config.eos_token_ids, *base.tokenizer.eos_token_ids))
-    if not stop:
-        raise SetupError("MODEL: neither the tokenizer nor the config names an end-of-text token")
-    sampler = Sampler(base.folder, base.config, task.weights, task.start, sampling, tuple(stop), base.settings.cache_dir / "native", say)
+    sampler = open_sampler(task, sampling, task.start)
     closing.callback(sampler.close)
     name = check_name(options.name)
     folder = (options.run or pathlib.Path("runs", name.user, name.adapter, "grpo")) / "rollouts"
-    score = Scorer(base.config, task.weights)
-    source = Groups(prompts, plan, sampler.sample, rewards, base.tokenizer.decode, score, folder)
+    judge = Judge(sampler.sample, rewards, task.base.tokenizer.decode)
+    source = Groups(prompts, plan, judge, Scorer(task.base.config, task.weights), folder)
+    held_out_rewards = HeldOutRewards(held_out, judge, options.seed) if held_out else None
     loss = GrpoLoss(
         options.loss,
         options.clip,
@@ -134,7 +130,15 @@ def build(closing: contextlib.ExitStack, task: Task) -> Method:
         options.max_completion,
         options.temperature,
     )
-    return Method("grpo", loss, source, reference=options.reference, facts={"rewards_sha256": _hashes(options.reward)})
+    return Method(
+        "grpo",
+        loss,
+        source,
+        held_out=held_out_rewards,
+        scores=held_out_rewards,
+        reference=options.reference,
+        facts={"rewards_sha256": _hashes(options.reward)},
+    )
 
 
 def _hashes(specs: Sequence[str]) -> dict[str, str]:

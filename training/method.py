@@ -4,7 +4,7 @@ The trainer (`training.trainer`) knows nothing else about a method.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,8 +76,9 @@ class Method:
     """One training method, ready to run.
 
     `reference` says which model `Loss.reference` is: `start` (the adapter that the run started from; the base model for a new
-    one) or `base`. `questions` are held out, too: task metrics judge the answers to them. `facts` go into the config hash and the
-    provenance: what defines the method beside the options.
+    one) or `base`. `questions` are held out, too: task metrics judge the answers to them. `scores` gives an adapter's scores on
+    held-out data where the method has some of its own, `eval_loss` among them if `held_out` has no windows. `facts` go into the
+    config hash and the provenance: what defines the method beside the options.
     """
 
     name: str
@@ -85,5 +86,6 @@ class Method:
     source: Source
     held_out: HeldOut | None = None
     questions: Sequence[Question] = ()
+    scores: Callable[[Adapter], Mapping[str, float]] | None = None
     reference: str = "start"
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)

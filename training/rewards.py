@@ -8,19 +8,16 @@ A reward function is called as in TRL, with keyword arguments that each hold one
 prompt's line. None means that an answer can't be judged: it then takes no part. Knows no model.
 """
 
-import importlib
-import importlib.util
 import inspect
 import math
 import numbers
-import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxlora.errors import SetupError
+from training.functions import find_function
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -121,45 +118,3 @@ def _accepted(function: RewardFunction) -> frozenset[str] | None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
     return frozenset(parameter.name for parameter in parameters)
-
-
-def find_function(spec: str, option: str) -> Callable[..., Any]:
-    """The function that `file.py:function` or `package.module:function` names. Raises SetupError under the name of the option."""
-    place, colon, name = spec.rpartition(":")
-    if not colon or not place or not name:
-        raise SetupError(f"{option}: {spec!r} is not of the form file.py:function")
-    module = _from_file(place) if place.endswith(".py") else _from_package(place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        here = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_"))
-        raise SetupError(f"{option}: {place} has no function {name!r}; it has: {', '.join(here) or 'none'}")
-    return function
-
-
-def _from_file(place: str) -> Any:
-    path = pathlib.Path(place)
-    if not path.is_file():
-        raise SetupError(f"--reward: there is no file {place}")
-    name = f"reward_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses and pickles of the file look their module up by name.
-    sys.modules[name] = module
-    sys.path.insert(0, str(path.parent.resolve()))  # what lies beside the file can be imported, as if it were run
-    try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        sys.modules.pop(name, None)
-        if not isinstance(error, Exception):
-            raise
-        raise SetupError(f"--reward: {place} can't be imported: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.parent.resolve()))
-    return module
-
-
-def _from_package(place: str) -> Any:
-    try:
-        return importlib.import_module(place)
-    except Exception as error:
-        raise SetupError(f"--reward: module {place} can't be imported: {type(error).__name__}: {error}") from error

@@ -59,7 +59,7 @@ class Sampler:
     Arguments:
         folder: the base model, a Hugging Face folder.
         base: its weights as training has them; the engine uses the same arrays where it can read them, else its own packed copy.
-        like: an adapter with the modules and ranks of every adapter to come.
+        like: an adapter to be ready for. For one with larger ranks, or with the output layer, the engine is made again.
         stop_token_ids: end an answer.
         native_dir: where native kernels are built and kept.
     """
@@ -75,28 +75,20 @@ class Sampler:
         native_dir: pathlib.Path,
         progress: Callable[[str], None] = lambda line: None,
     ):
-        self._sampling, self._stop = sampling, frozenset(stop_token_ids)
-        chosen, line = backend.choose(native_dir)
+        self._config, self._sampling, self._stop, self._progress = config, sampling, frozenset(stop_token_ids), progress
+        self._backend, line = backend.choose(native_dir)
         progress(f"sampling: {line}")
-        longest = sampling.max_prompt + sampling.max_completion
-        sizes = Sizes(
-            slots=sampling.slots,
-            max_seq_len=longest,
-            prefill_chunk=min(128, longest),
-            lora_slots=1,
-            max_lora_rank=max(a.shape[0] for a in like.a.values()),
-            output_layer=OUTPUT_LAYER in like.a,
-        )
-        program = Program(config, _weights(folder, config, base, chosen, sampling.dtype), chosen, sizes, sampling.dtype)
-        program.warm_up(progress)
-        self._versions: dict[Hashable, "_HostAdapter"] = {}
+        self._weights = _weights(folder, config, base, self._backend, sampling.dtype)
+        self._versions: dict[Hashable, _HostAdapter] = {}
         self._number = 0
-        self._engine = Engine(program, self._read, Limits(max_queue=1 << 30, queue_timeout_s=_PATIENCE_S))
+        self._room = _HostAdapter.of(like).needs
+        self._engine = self._started()
 
-    def sample(self, adapter: Adapter, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Sampled:
+    def sample(self, adapter: Adapter | None, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Sampled:
         """One answer of the adapter to each prompt.
 
         Arguments:
+            adapter: None is the base model.
             prompts: token ids, at least 1 and at most `max_prompt` of each; a prompt may occur many times.
             seeds: 64 bits for each prompt. An answer depends on its prompt, its seed and the adapter, on nothing else.
 
@@ -104,13 +96,12 @@ class Sampler:
             ServingError: the engine failed, for example on logits that are not finite.
         """
         began = time.monotonic()
-        self._number += 1
-        self._versions = {self._number: _HostAdapter.of(adapter)}
+        key = self._placed(_HostAdapter.of(adapter)) if adapter is not None else None
         sinks = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             sinks.append(_Sink(self._stop))
             params = SamplingParams(self._sampling.max_completion, temperature=self._sampling.temperature, seed=int(seed))
-            self._engine.submit(Request(tuple(int(token) for token in prompt), params, sinks[-1], self._number))
+            self._engine.submit(Request(tuple(int(token) for token in prompt), params, sinks[-1], key))
         answers = [sink.answer() for sink in sinks]
         seconds = time.monotonic() - began
         return Sampled(answers, seconds, sum(len(answer.tokens) for answer in answers) / max(seconds, 1e-9))
@@ -118,6 +109,27 @@ class Sampler:
     def close(self) -> None:
         """Stops the engine."""
         self._engine.stop()
+
+    def _placed(self, adapter: "_HostAdapter") -> int:
+        """The key under which the engine finds the adapter: a new one, since what has a key never changes."""
+        if any(needed > there for needed, there in zip(adapter.needs, self._room)):
+            self._room = tuple(map(max, adapter.needs, self._room))
+            self._engine.stop()
+            self._engine = self._started()
+        self._number += 1
+        self._versions = {self._number: adapter}
+        return self._number
+
+    def _started(self) -> Engine:
+        longest = self._sampling.max_prompt + self._sampling.max_completion
+        rank, output_layer = self._room
+        sizes = Sizes(
+            slots=self._sampling.slots, max_seq_len=longest, prefill_chunk=min(128, longest), lora_slots=1, max_lora_rank=rank,
+            output_layer=output_layer,
+        )  # fmt: skip
+        program = Program(self._config, self._weights, self._backend, sizes, self._sampling.dtype)
+        program.warm_up(self._progress)
+        return Engine(program, self._read, Limits(max_queue=1 << 30, queue_timeout_s=_PATIENCE_S))
 
     def _read(self, key: Hashable) -> "Future[_HostAdapter]":
         found: Future[_HostAdapter] = Future()
@@ -136,6 +148,11 @@ class _HostAdapter:
 
     modules: Mapping[str, LoraPair]
     rank: int
+
+    @property
+    def needs(self) -> tuple[int, bool]:
+        """The rank that a bank has to have for it, and whether it has to have the output layer."""
+        return self.rank, OUTPUT_LAYER in self.modules
 
     @classmethod
     def of(cls, adapter: Adapter) -> "_HostAdapter":

@@ -68,9 +68,8 @@ def _run(script: str, options: Options, build: Build) -> int:
     folder = RunFolder(options.run or pathlib.Path("runs", name.user, name.adapter, script))
     with folder.held(run_config(task, method, script), options.restart):
         task_scores = TaskScores(task, method.questions, metrics) if metrics else None
-        trainer = Trainer(
-            options, task.base.config, task.weights, method, task.start, folder, say, task_scores or (lambda adapter: {})
-        )
+        more_scores = task_scores or method.scores or (lambda adapter: {})
+        trainer = Trainer(options, task.base.config, task.weights, method, task.start, folder, say, more_scores)
         say(f"{trainer.total_steps} steps of {options.batch_size} examples, in {folder.path}")
         outcome = trainer.run()
         mark = _mark(folder)

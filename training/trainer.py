@@ -196,8 +196,10 @@ class Trainer:
             # In float64: over a large set, sums in float32 lose what they add.
             terms = jax.tree.map(np.float64, terms)
             sums = terms if sums is None else jax.tree.map(np.add, sums, terms)
-        found = {"eval_loss": float(sums.total / max(sums.count, 1e-30))}
-        found |= {f"eval_{name}": float(total / max(count, 1e-30)) for name, (total, count) in sums.metrics.items()}
+        found = {}
+        if sums is not None:  # a method that samples has no windows, and its `scores` tell everything
+            found = {"eval_loss": float(sums.total / max(sums.count, 1e-30))}
+            found |= {f"eval_{name}": float(total / max(count, 1e-30)) for name, (total, count) in sums.metrics.items()}
         return found | dict(self._held_out_scores(adapter))
 
     def _one_step(self, done: int, state: State) -> tuple[State, dict[str, Any]]:

@@ -16,7 +16,7 @@ from jaxlora.lora import Adapter
 from jaxlora.model import logits
 from jaxlora.settings import Settings
 from jaxlora.weights import Weights, load
-from training.groups import Groups, Plan, Prompt, length_buckets
+from training.groups import Groups, HeldOutRewards, Judge, Plan, Prompt, length_buckets
 from training.lora_init import new_adapter
 from training.losses.grpo import advantages
 from training.rewards import Rewards
@@ -82,6 +82,17 @@ def test_answers_come_from_the_adapter_as_it_is(model: Model) -> None:
     assert found["first"] == found["first again"] != found["other"]
 
 
+def test_an_adapter_of_a_larger_rank_and_the_base_model_find_room(model: Model, sampler: Sampler) -> None:
+    twice = model.adapter.replace(
+        a=jax.tree.map(lambda a: jnp.concatenate([a, a]), model.adapter.a),
+        b=jax.tree.map(lambda b: jnp.concatenate([b, b], axis=1) / 2, model.adapter.b),
+    )
+    before, larger, base, after = (
+        sampler.sample(adapter, PROMPTS, [1, 2, 3]).answers for adapter in (model.adapter, twice, None, model.adapter)
+    )
+    assert before == larger == after != base
+
+
 def _lead(model: Model, adapter: Adapter, prompt: list[int], answer: Answer) -> float:
     """How far the tokens of an answer are before the best of the others, at the least."""
     whole = jnp.array([[*prompt, *answer.tokens]], jnp.int32)
@@ -126,7 +137,7 @@ def _score(adapter: object, tokens: np.ndarray, mask: np.ndarray, temperature: f
 
 
 def _groups(folder: pathlib.Path, plan: Plan = PLAN, judge=lambda completions, n: [len(text) * line for text, line in zip(completions, n)]) -> Groups:
-    return Groups(LINES, plan, _sample, Rewards({"judge": judge}), lambda tokens: "x" * len(tokens), _score, folder)
+    return Groups(LINES, plan, Judge(_sample, Rewards({"judge": judge}), lambda tokens: "x" * len(tokens)), _score, folder)
 
 
 def test_a_window_holds_the_prompts_with_their_answers_and_advantages(tmp_path: pathlib.Path) -> None:
@@ -194,6 +205,15 @@ def test_a_reward_that_fails_stops_the_run_before_anything_is_written(tmp_path: 
     with pytest.raises(TrainingStopped, match="rollout 0: reward judge gave 0 numbers for 8 answers"):
         _groups(tmp_path, judge=lambda completions, n: []).window(0, object())
     assert not list(tmp_path.iterdir())
+
+
+def test_held_out_rewards_are_of_the_same_draws_every_time() -> None:
+    rewards = Rewards({"long": lambda completions: [len(text) for text in completions], "one": lambda completions: [None] * len(completions)})
+    held_out = HeldOutRewards(LINES, Judge(_sample, rewards, lambda tokens: "x" * len(tokens)), seed=3)
+    scores = held_out(object())
+    assert scores == held_out(object()) and not list(held_out.windows())
+    lengths = [len(answer.tokens) for answer in _sample(None, LINES, seeds(3, 1 << 31, 5)).answers]
+    assert scores == {"eval_loss": -np.mean(lengths), "eval_reward": np.mean(lengths), "eval_reward_long": np.mean(lengths), "eval_reward_one": 0.0}
 
 
 def test_length_buckets_are_few_and_fit_the_longest() -> None:

@@ -27,18 +27,19 @@ def place(tmp_path: pathlib.Path, tiny_model: pathlib.Path, monkeypatch: pytest.
     return tmp_path
 
 
-def _run(place: pathlib.Path, run: str, *more: Any, reward: str = "even", steps: int = 4) -> int:
+def _run(place: pathlib.Path, run: str, *more: Any, reward: str = "even", steps: int = 4, publish: bool = False) -> int:
     options = {
         "data": place / "prompts.jsonl", "name": "alice/even", "reward": f"{REWARD}:{reward}", "run": place / run, "max-steps": steps,
         "batch-size": 32, "group": 8, "max-completion": 10, "max-length": 64, "buckets": 1, "rank": 4, "alpha": 8, "lr": 2e-2,
         "schedule": "constant", "checkpoint-every": 1000, "store": place / "store",
     }  # fmt: skip
     argv = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    return grpo.main([*argv, "--no-publish", *map(str, more)])
+    return grpo.main([*argv, *([] if publish else ["--no-publish"]), *map(str, more)])
 
 
 def _entries(run: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
 
 
 def _adapter(run: pathlib.Path) -> bytes:
@@ -80,6 +81,15 @@ def test_dr_grpo_divides_by_constants(place: pathlib.Path) -> None:
     )
 
 
+def test_held_out_rewards_decide_on_publishing(place: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--eval-share", 0.25, "--eval-every", 2, "--publish-if", "eval_reward>0.9"]
+    (place / "store").mkdir()
+    assert _run(place, "run", *more, publish=True) == 3
+    assert "eval_reward is" in capsys.readouterr().err
+    scores = [entry for entry in _entries(place / "run") if "eval_reward" in entry]
+    assert [entry["step"] for entry in scores] == [2, 4] and all(entry["eval_loss"] == -entry["eval_reward"] for entry in scores)
+
+
 def test_a_failing_reward_is_told_and_loses_nothing(place: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(place, "run", reward="broken_at_last") == 1
     assert "rollout 0: reward broken_at_last: RuntimeError: no judge today" in capsys.readouterr().err
@@ -92,7 +102,7 @@ def test_a_failing_reward_is_told_and_loses_nothing(place: pathlib.Path, capsys:
         (["--group", 5], "--batch-size: 32 is no multiple of --group 5"),
         (["--max-completion", 64], "leaves no room for a prompt"),
         (["--loss", "ppo"], "--loss: 'ppo' is none of grpo, dapo, dr_grpo"),
-        (["--eval-share", 0.1], "there is no held-out loss here"),
+        (["--metric", "exact_match"], "held-out answers are judged by the reward functions"),
     ],
 )
 def test_wrong_options_are_told(place: pathlib.Path, more: list, message: str, capsys: pytest.CaptureFixture[str]) -> None:
