@@ -24,7 +24,7 @@ from training.rewards import Rewards
 from training.rollouts import Sampling
 from training.scores import Scorer
 from training.script import run_script
-from training.task import Task, check_name
+from training.task import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,10 +117,8 @@ def build(closing: contextlib.ExitStack, task: Task) -> Method:
     )
     sampler = open_sampler(task, sampling, task.start)
     closing.callback(sampler.close)
-    name = check_name(options.name)
-    folder = (options.run or pathlib.Path("runs", name.user, name.adapter, "grpo")) / "rollouts"
     judge = Judge(sampler.sample, rewards, task.base.tokenizer.decode)
-    source = Groups(prompts, plan, judge, Scorer(task.base.config, task.weights), folder)
+    source = Groups(prompts, plan, judge, Scorer(task.base.config, task.weights), task.folder.path / "rollouts")
     held_out_rewards = HeldOutRewards(held_out, judge, options.seed) if held_out else None
     loss = GrpoLoss(
         options.loss,

@@ -55,6 +55,13 @@ class RunFolder:
         finally:
             os.close(fd)
 
+    def config(self, restart: bool) -> dict[str, Any]:
+        """The config of the run that is to be continued; empty where there is none, or where it is to be started over."""
+        try:
+            return {} if restart else json.loads((self.path / CONFIG).read_text())
+        except (OSError, ValueError):
+            return {}
+
     def log(self, entry: Mapping[str, Any]) -> None:
         """Adds a line to the metrics log."""
         with open(self.path / METRICS, "a") as file:

@@ -1,7 +1,6 @@
 """The course of a training script: options, data, training, judging, publishing; and what each failure looks like to a user."""
 
 import os
-import pathlib
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +53,7 @@ def _run(script: str, options: Options, build: Build) -> int:
     if not options.no_publish and not os.access(options.store, os.W_OK):
         raise SetupError(f"--store: {options.store} is no folder that can be written (--no-publish trains without one)")
     conditions = [Condition.parse(text) for text in options.publish_if]
-    task = load_task(options)
+    task = load_task(options, script)
     method = build(task)
     if (conditions or options.publish_if_better or options.early_stop) and method.held_out is None:
         raise SetupError(
@@ -65,7 +64,7 @@ def _run(script: str, options: Options, build: Build) -> int:
         raise SetupError(
             "--metric judges answers to held-out prompts: give --eval-data or --eval-share, with data that has prompts"
         )
-    folder = RunFolder(options.run or pathlib.Path("runs", name.user, name.adapter, script))
+    folder = task.folder
     with folder.held(run_config(task, method, script), options.restart):
         task_scores = TaskScores(task, method.questions, metrics) if metrics else None
         more_scores = task_scores or method.scores or (lambda adapter: {})
@@ -121,6 +120,6 @@ def _provenance(script: str, task: Task, method: Method, folder: RunFolder, outc
         "scores": dict(outcome.scores),
         "config_sha256": folder.hash,
         "config": run_config(task, method, script),
-        "init": task.options.init,
+        "init": task.init and str(task.init),
         "jax": jax.__version__,
     }

@@ -26,9 +26,11 @@ from training.lora_init import new_adapter
 from training.method import Example, Method
 from training.options import Options
 from training.records import Record, encode_all
+from training.run_folder import RunFolder
 from training.stored import find, read
 
 T = TypeVar("T")
+START = "start"  # of a run's config: the version that it starts from
 SPLIT = 1  # tells the random numbers that hold lines out from those of the data order
 
 
@@ -39,13 +41,16 @@ def say(line: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a method builds on: options, base model, and the adapter that training starts from with its `adapter_config.json`."""
+    """What a method builds on: options, the run's folder, base model, and the adapter that training starts from with its
+    `adapter_config.json`. `init` is the version that it is, None for a new one."""
 
     options: Options
+    folder: RunFolder
     base: Base
     weights: Weights
     start: Adapter
     lora_config: Mapping[str, Any]
+    init: AdapterName | None
 
     @property
     def encoder(self) -> Encoder:
@@ -93,7 +98,7 @@ class Task:
         return choose_buckets([example.length for example in examples], self.options.buckets)
 
 
-def load_task(options: Options) -> Task:
+def load_task(options: Options, script: str) -> Task:
     """Loads the base model and makes or reads the adapter to start from. Raises SetupError."""
     settings = Settings.read()
     base = Base.find(settings, options.dtype, say)
@@ -101,12 +106,15 @@ def load_task(options: Options) -> Task:
         raise SetupError(
             f"--max-length: {options.max_length} is over the {base.config.max_positions} positions of the base model"
         )
-    start, lora_config = _start(options, base)
+    name = check_name(options.name)
+    folder = RunFolder(options.run or pathlib.Path("runs", name.user, name.adapter, script))
+    init = _init(options, folder)
+    start, lora_config = _start(options, base, init)
     rank = max(a.shape[0] for a in start.a.values())
     if rank > settings.max_lora_rank:
         raise SetupError(f"--rank: {rank} is over the limit {settings.max_lora_rank} of the server (MAX_LORA_RANK)")
     say(f"loading {settings.model} ({options.dtype})")
-    return Task(options, base, base.load(), start, lora_config)
+    return Task(options, folder, base, base.load(), start, lora_config, init)
 
 
 def check_name(name: str) -> AdapterName:
@@ -125,11 +133,26 @@ def run_config(task: Task, method: Method, script: str) -> dict[str, Any]:
     files = {"data": task.options.data, "eval_data": task.options.eval_data}
     hashes = {f"{name}_sha256": _sha256(path) for name, path in files.items() if path is not None}
     method_facts = {f"method_{name}": value for name, value in method.facts.items()}
-    return {"method": script, **task.options.defining(), **task.base.identity(), **hashes, **method_facts}
+    start = {START: task.init and str(task.init)}
+    return {"method": script, **task.options.defining(), **start, **task.base.identity(), **hashes, **method_facts}
 
 
-def _start(options: Options, base: Base) -> tuple[Adapter, Mapping[str, Any]]:
+def _init(options: Options, folder: RunFolder) -> AdapterName | None:
+    """The version to start from. A run that goes on starts from the one that it had, whatever was published since."""
     if options.init is None:
+        return None
+    try:
+        name = AdapterName.parse(options.init)
+        before = folder.config(options.restart).get(START)
+        if before and name.version is None and AdapterName.parse(before).unpinned == name.unpinned:
+            return AdapterName.parse(before)
+        return find(options.store, name)
+    except (ValueError, ServingError) as error:
+        raise SetupError(f"--init: {error}") from None
+
+
+def _start(options: Options, base: Base, init: AdapterName | None) -> tuple[Adapter, Mapping[str, Any]]:
+    if init is None:
         modules = options.target_modules
         raw = peft.new_config(
             r=options.rank,
@@ -143,8 +166,8 @@ def _start(options: Options, base: Base) -> tuple[Adapter, Mapping[str, Any]]:
         )
         return new_adapter(base.config, raw, options.seed), raw
     try:
-        found = read(options.store, find(options.store, AdapterName.parse(options.init)), base.config, base.settings)
-    except (ValueError, AdapterInvalid, ServingError) as error:
+        found = read(options.store, init, base.config, base.settings)
+    except AdapterInvalid as error:
         raise SetupError(f"--init: {error}") from None
     return Adapter.from_pairs(found.modules), found.config
 

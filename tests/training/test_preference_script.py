@@ -76,6 +76,18 @@ def test_the_reference_is_the_adapter_that_training_starts_from_or_the_base(plac
     assert start["logps/chosen"] == pytest.approx(base["logps/chosen"], rel=1e-5)
 
 
+def test_a_run_that_goes_on_keeps_the_version_that_it_started_from(place: pathlib.Path, tiny_model: pathlib.Path) -> None:
+    config, raw = ModelConfig.from_folder(tiny_model), peft.new_config(r=4, lora_alpha=8, target_modules="all-linear")
+    for seed in (1, 2):
+        publish(to_peft(new_adapter(config, raw, seed), raw), "alice/yes", place / "store")
+        assert _run(place, "run", "--init", "alice/yes", steps=2) == 0
+        config_of_run = json.loads((place / "run" / "run.json").read_text())
+        assert config_of_run["start"] == "alice/yes@1"
+    assert _run(place, "run", "--init", "alice/yes", "--restart", steps=2) == 0
+    assert json.loads((place / "run" / "run.json").read_text())["start"] == "alice/yes@2"
+    assert _run(place, "run", "--init", "alice/yes@1", steps=2) == 1
+
+
 def test_a_reference_computed_before_trains_the_same(
     place: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
