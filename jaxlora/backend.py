@@ -17,7 +17,7 @@ from jaxlora import kv_cache, lora, native
 from jaxlora.config import OUTPUT_LAYER, ModelConfig
 from jaxlora.kv_cache import Rows
 from jaxlora.lora import Bank, BankLayout
-from jaxlora.model import GATE_UP, QKV, Linears, plain_linears
+from jaxlora.model import GATE_UP, QKV, Linears, plain_linears, rms_norm
 from jaxlora.weights import Packing, PlainPacking, Weights
 
 
@@ -36,6 +36,9 @@ class Backend(Protocol):
 
     def linears(self, config: ModelConfig, weights: Weights, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
         """The model's linear layers with the adapter of bank slot `row_slots[b]` (int32 `[B]`, -1: none) applied to row b."""
+
+    def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
+        """As `jaxlora.model.rms_norm`."""
 
     def argmax_logsumexp(self, logits: Array) -> tuple[Array, Array]:
         """The first largest of each row of `[B, V]`, and the logarithm of its summed exponentials."""
@@ -65,6 +68,9 @@ class XlaBackend:
 
     def linears(self, config: ModelConfig, weights: Weights, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
         return plain_linears(config, weights, lora.adapt_rows(layout, bank, row_slots))
+
+    def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
+        return rms_norm(x, scale, eps)
 
     def argmax_logsumexp(self, logits: Array) -> tuple[Array, Array]:
         return native.twin_argmax_logsumexp(logits)
@@ -147,6 +153,9 @@ class NativeBackend:
             return tuple(jnp.split(y, ends, axis=-1))
 
         return linears
+
+    def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
+        return native.Kernels.rms_norm(x, scale, eps)
 
     def argmax_logsumexp(self, logits: Array) -> tuple[Array, Array]:
         return native.Kernels.argmax_logsumexp(logits)

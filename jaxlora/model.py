@@ -22,6 +22,9 @@ Linears = Callable[[int | None, tuple[str, ...], Array], tuple[Array, ...]]
 # adapt(module path, x [..., in], y [..., out]) -> y with the LoRA update of that module added.
 Adapt = Callable[[str, Array, Array], Array]
 
+# norm(x [..., n], scale [n], epsilon) -> [..., n], as `rms_norm`.
+Norm = Callable[[Array, Array, float], Array]
+
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
 
@@ -49,6 +52,7 @@ def forward(
     positions: Array,
     attend: Attend,
     linears: Linears,
+    norm: Norm,
     embedded: Callable[[Array], Array] = lambda x: x,
     remat: bool = False,
 ) -> Array:
@@ -64,15 +68,15 @@ def forward(
     cos, sin = rotation(config.rope, config.head_dim, positions)
 
     def decoder_layer(index: int, layer: Layer, x: Array) -> Array:
-        h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
+        h = norm(x, layer.input_norm, config.rms_norm_eps)
         q, k, v = (y.reshape(batch, length, -1, config.head_dim) for y in linears(index, QKV, h))
         if config.qk_norm:
-            q = rms_norm(q, layer.q_norm, config.rms_norm_eps)
-            k = rms_norm(k, layer.k_norm, config.rms_norm_eps)
+            q = norm(q, layer.q_norm, config.rms_norm_eps)
+            k = norm(k, layer.k_norm, config.rms_norm_eps)
         attended = attend(index, rotate(q, cos, sin), rotate(k, cos, sin), v)
         (attended,) = linears(index, ("o_proj",), attended.astype(x.dtype).reshape(batch, length, -1))
         x = x + attended
-        gate, up = linears(index, GATE_UP, rms_norm(x, layer.post_norm, config.rms_norm_eps))
+        gate, up = linears(index, GATE_UP, norm(x, layer.post_norm, config.rms_norm_eps))
         (down,) = linears(index, ("down_proj",), jax.nn.silu(gate) * up)
         return x + down
 
@@ -80,7 +84,7 @@ def forward(
     for index, layer in enumerate(weights.layers):
         run = functools.partial(decoder_layer, index, layer)
         x = jax.checkpoint(run)(x) if remat else run(x)
-    return rms_norm(x, weights.final_norm, config.rms_norm_eps)
+    return norm(x, weights.final_norm, config.rms_norm_eps)
 
 
 def project(linears: Linears, hidden: Array) -> Array:
@@ -119,7 +123,7 @@ def hidden_states(
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
         return attend_whole(q, k, v, window=config.windows[layer], segments=segments)
 
-    return forward(config, weights, tokens, positions, attend, linears, embedded, remat)
+    return forward(config, weights, tokens, positions, attend, linears, rms_norm, embedded, remat)
 
 
 def attend_whole(q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:

@@ -112,7 +112,7 @@ class Program:
             return out
 
         linears = self.backend.linears(config, weights, self.layout, bank, adapters)
-        hidden = forward(config, weights, tokens, rows.positions(length), attend, linears)
+        hidden = forward(config, weights, tokens, rows.positions(length), attend, linears, self.backend.rms_norm)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         logits = project(linears, last)[:, 0]
         history = state.history

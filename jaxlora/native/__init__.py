@@ -16,7 +16,7 @@ Knows nothing of models, adapters as files, or the engine.
 from jaxlora.native.kernels import Kernels, LoraModule, Packed, pack_linear
 from jaxlora.native.loading import load
 from jaxlora.native.pages import use_huge_pages
-from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_linear, twin_lora
+from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_linear, twin_lora, twin_rms_norm
 
 __all__ = [
     "Kernels",
@@ -28,5 +28,6 @@ __all__ = [
     "twin_attention",
     "twin_linear",
     "twin_lora",
+    "twin_rms_norm",
     "use_huge_pages",
 ]

@@ -141,6 +141,13 @@ class Kernels:
         )
 
     @staticmethod
+    def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+        """float32 [..., n]: the root-mean-square norm of x over its last axis, times float32 scale [n]."""
+        rows = x.reshape(-1, x.shape[-1])
+        call = jax.ffi.ffi_call("jaxlora_rms_norm", jax.ShapeDtypeStruct(rows.shape, jnp.float32))
+        return call(rows, scale, eps=np.float32(eps)).reshape(x.shape)
+
+    @staticmethod
     def argmax_logsumexp(logits: Array) -> tuple[Array, Array]:
         """Of finite float32 logits [m, n]: int32 [m] index of the first largest, float32 [m] log of the sum of exponentials."""
         rows = logits.shape[:1]

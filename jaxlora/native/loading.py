@@ -37,7 +37,7 @@ def load(build_dir: os.PathLike[str] | str, isa: str | None = None) -> Kernels |
             except (build.BuildError, OSError) as error:
                 return str(error)
             library.jaxlora_select.restype = ctypes.c_char_p
-            for name in ("linear_f32", "linear_bf16", "attention", "lora", "summarize"):
+            for name in ("linear_f32", "linear_bf16", "attention", "lora", "summarize", "rms_norm"):
                 handler = jax.ffi.pycapsule(getattr(library, f"jaxlora_{name}"))
                 jax.ffi.register_ffi_target(f"jaxlora_{name}", handler, platform="cpu")
             _loaded.append((path, library))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.native.kernels import Kernels, LoraModule
-from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_linear, twin_lora
+from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_linear, twin_lora, twin_rms_norm
 
 
 def wrong_results(kernels: Kernels) -> list[str]:
@@ -57,8 +57,13 @@ def _summary(kernels: Kernels) -> bool:
     return _close(kernels.argmax_logsumexp(logits), twin_argmax_logsumexp(logits))
 
 
+def _norm(kernels: Kernels) -> bool:
+    x, scale = _normal(3, 70), _normal(70)
+    return _close(kernels.rms_norm(x, scale, 1e-5), twin_rms_norm(x, scale, 1e-5))
+
+
 _CHECKS = {
     f"{name} in {dtype}": functools.partial(check, dtype)
     for name, check in (("linear", _linear), ("attention", _attention), ("lora", _lora))
     for dtype in ("float32", "bfloat16")
-} | {"argmax_logsumexp": _summary}
+} | {"argmax_logsumexp": _summary, "rms_norm": _norm}

@@ -68,6 +68,11 @@ def twin_lora(y: Array, x: Array, bank: Array, row_slot: Array, rank: Array, *, 
     return y
 
 
+def twin_rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """As `Kernels.rms_norm`."""
+    return scale * (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps))
+
+
 def twin_argmax_logsumexp(logits: Array) -> tuple[Array, Array]:
     """As `Kernels.argmax_logsumexp`."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), jax.nn.logsumexp(logits, axis=-1)

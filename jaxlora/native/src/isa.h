@@ -14,6 +14,7 @@ namespace {
 #include "attention.h"
 #include "lora.h"
 #include "logits.h"
+#include "norm.h"
 
 }  // namespace
 }  // namespace JAXLORA_ISA
@@ -31,6 +32,6 @@ namespace {
    JAXLORA_ISA::lora_down<uint16_t>, \
    JAXLORA_ISA::lora_up<float>,      \
    JAXLORA_ISA::lora_up<uint16_t>,   \
-   JAXLORA_ISA::summarize}
+   JAXLORA_ISA::summarize, JAXLORA_ISA::rms_norm}
 
 }  // namespace jaxlora

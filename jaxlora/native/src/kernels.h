@@ -83,6 +83,8 @@ struct Kernels {
   void (*lora_up_bf16)(const Lora&, int64_t begin, int64_t end);
   // Items are rows of logits [m, n].
   void (*summarize)(const float* logits, int32_t* argmax, float* logsumexp, int64_t n, int64_t begin, int64_t end);
+  // Items are rows of x [m, n].
+  void (*rms_norm)(const float* x, const float* scale, float eps, float* y, int64_t n, int64_t begin, int64_t end);
 };
 
 constexpr int64_t kRowBlock = 128;     // rows of x that are kept in the cache while every panel passes over them
