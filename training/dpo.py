@@ -1,7 +1,7 @@
 """Preference training: `python -m training.dpo --data pairs.jsonl --name alice/sql --loss sigmoid`.
 
-Learns from pairs of a better and a worse answer (DPO, IPO, hinge, ORPO), or from single judged answers (KTO). Data: see `training.pairs`.
-The reference is the adapter that the run starts from, `--init`, or the base model for a new one.
+Learns from pairs of a better and a worse answer (DPO, IPO, hinge, ORPO), or from single judged answers (KTO). Data: see
+`training.pairs`. The reference is the adapter that the run starts from, `--init`, or the base model for a new one.
 """
 
 import dataclasses

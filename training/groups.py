@@ -1,7 +1,8 @@
 """The data of a GRPO run: groups of sampled answers with their rewards, as windows for the trainer.
 
-A rollout is a function of the seed, its number and the adapter. It is written to the run's folder before it is learned from, for people
-to read, and for a run that is resumed between the updates that learn from it, when the adapter that sampled it is gone.
+A rollout is a function of the seed, its number and the adapter. It is written to the run's folder before it is learned from,
+for people to read, and for a run that is resumed between the updates that learn from it, when the adapter that sampled it is
+gone.
 """
 
 import dataclasses
@@ -35,7 +36,8 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Sizes of a run: `micro_batches` x `micro_batch_size` answers in groups of `group` make a rollout, from which `updates` steps learn.
+    """Sizes of a run: `micro_batches` x `micro_batch_size` answers in groups of `group` make a rollout, from which `updates`
+    steps learn.
 
     Attributes:
         buckets: see `length_buckets`.
@@ -95,7 +97,8 @@ class Judge:
 
 
 class HeldOutRewards:
-    """Rewards of held-out prompts, sampled with the same seeds every time: the `scores` of a method, and a `HeldOut` without windows."""
+    """Rewards of held-out prompts, sampled with the same seeds every time: the `scores` of a method, and a `HeldOut` without
+    windows."""
 
     def __init__(self, prompts: Sequence[Prompt], judge: Judge, seed: int):
         self._prompts, self._judge, self._seeds = prompts, judge, seeds(seed, HELD_OUT, len(prompts))
@@ -120,8 +123,9 @@ class Groups:
     """A `training.method.Source`.
 
     Arguments:
-        score: needed where a rollout is learned from more than once: log-probabilities under the policy that sampled come from the
-            forward pass of training and not from the engine, whose rounding differs, so that ratios start at exactly what they mean.
+        score: needed where a rollout is learned from more than once: log-probabilities under the policy that sampled come from
+            the forward pass of training and not from the engine, whose rounding differs, so that ratios start at exactly what
+            they mean.
         folder: where rollouts are written.
     """
 
@@ -205,7 +209,8 @@ class Groups:
         try:
             return json.loads(path.read_text())
         except (OSError, ValueError):
-            raise TrainingStopped(f"{path} can't be read, and the adapter that sampled it is gone; start over (--restart)") from None
+            problem = f"{path} can't be read, and the adapter that sampled it is gone; start over (--restart)"
+            raise TrainingStopped(problem) from None
 
     def _path(self, number: int) -> pathlib.Path:
         return self._folder / f"{number:06d}.json"

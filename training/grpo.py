@@ -1,8 +1,9 @@
-"""Group-relative policy optimisation: `python -m training.grpo --data prompts.jsonl --name alice/sql --reward rewards.py:function`.
+"""Group-relative policy optimisation: `python -m training.grpo --data prompts.jsonl --name alice/sql --reward r.py:judge`.
 
-Every rollout samples `--group` answers to each of some prompts from the adapter as it is, by the serving engine in this process, judges
-them by the reward functions, see `training.rewards`, and `--updates` optimizer steps learn from it. Data: `{"prompt"}`, a text or a list
-of messages, with any further fields that the reward functions want. Held-out prompts give `eval_reward`, and minus that as `eval_loss`.
+Every rollout samples `--group` answers to each of some prompts from the adapter as it is, by the serving engine in this
+process, judges them by the reward functions, see `training.rewards`, and `--updates` optimizer steps learn from it. Data:
+`{"prompt"}`, a text or a list of messages, with any further fields that the reward functions want. Held-out prompts give
+`eval_reward`, and minus that as `eval_loss`.
 """
 
 import contextlib
@@ -64,7 +65,11 @@ class GrpoOptions(Options):
             "reference": (self.reference, ("start", "base")),
             "rollout-dtype": (self.sampling_dtype, ("float32", "bfloat16")),
         }
-        found += [f"--{name}: {value!r} is none of {', '.join(known)}" for name, (value, known) in choices.items() if value not in known]
+        found += [
+            f"--{name}: {value!r} is none of {', '.join(known)}"
+            for name, (value, known) in choices.items()
+            if value not in known
+        ]
         if self.metric:
             found.append("--metric: held-out answers are judged by the reward functions, as eval_reward")
         return found
@@ -141,8 +146,9 @@ def build(closing: contextlib.ExitStack, task: Task) -> Method:
 
 def _hashes(specs: Sequence[str]) -> dict[str, str]:
     """Hashes of the files that reward functions are in: another reward is another run."""
-    places = {spec.rpartition(":")[0] for spec in specs}
-    return {place: hashlib.sha256(pathlib.Path(place).read_bytes()).hexdigest() for place in sorted(places) if place.endswith(".py")}
+    places = sorted({spec.rpartition(":")[0] for spec in specs})
+    files = {place: pathlib.Path(place) for place in places if place.endswith(".py")}
+    return {place: hashlib.sha256(file.read_bytes()).hexdigest() for place, file in files.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

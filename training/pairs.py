@@ -19,7 +19,8 @@ from training.records import BadLine, Record, TooLong
 
 
 def pair(encoder: Encoder, record: Record) -> Example:
-    """`chosen`, `rejected` int32 `[T]` and their masks uint8 `[T]`, see `training.losses.preference`. Raises BadLine or TooLong."""
+    """`chosen`, `rejected` int32 `[T]` and their masks uint8 `[T]`, see `training.losses.preference`. Raises BadLine or
+    TooLong."""
     fields = _with_prompt(record.fields)
     chosen, chosen_mask = _sequence(encoder, fields, "chosen")
     rejected, rejected_mask = _sequence(encoder, fields, "rejected")
@@ -61,8 +62,9 @@ def question(encoder: Encoder, record: Record) -> Question | None:
 
 
 def with_others(examples: Sequence[Example], max_length: int) -> list[Example]:
-    """Labelled examples with `other` and `other_mask`: the same prompt with the answer of the next example that has another prompt, cut at
-    `max_length` tokens. That is what KTO estimates the divergence on; TRL takes the answers of the same batch in turn."""
+    """Labelled examples with `other` and `other_mask`: the same prompt with the answer of the next example that has another
+    prompt, cut at `max_length` tokens. That is what KTO estimates the divergence on; TRL takes the answers of the same batch in
+    turn."""
     split = [_split(example) for example in examples]
     found = []
     for at, (example, (prompt, answer)) in enumerate(zip(examples, split)):

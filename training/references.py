@@ -1,4 +1,5 @@
-"""The reference's log-probabilities of all pairs, computed once before training and kept in the cache: it saves a forward pass of every step.
+"""The reference's log-probabilities of all pairs, computed once before training and kept in the cache: it saves a forward pass
+of every step.
 
 Worth it from the second epoch on, and for runs that differ in their loss only, for the cache goes by data, model and reference.
 """

@@ -23,7 +23,8 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 
 class RewardError(Exception):
-    """A reward function raised, or answered with something that is no list of numbers. `str()` names the function and the fault."""
+    """A reward function raised, or answered with something that is no list of numbers. `str()` names the function and the
+    fault."""
 
 
 class Rewards:

@@ -1,6 +1,7 @@
 """Answers sampled from the adapter in training, by the serving engine in the same process: continuous batching over its slots.
 
-Knows token ids and the engine; knows no rewards and no text. The same seeds give the same answers, whatever else is sampled beside them.
+Knows token ids and the engine; knows no rewards and no text. The same seeds give the same answers, whatever else is sampled
+beside them.
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ _PATIENCE_S = 24 * 3600.0
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One sampled answer. `tokens` ends with the stop token where the model ended it itself; `finished` is False where the limit did."""
+    """One sampled answer. `tokens` ends with the stop token where the model ended it itself; `finished` is False where the
+    limit did."""
 
     tokens: tuple[int, ...]
     finished: bool
@@ -35,7 +37,8 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled. The policy that GRPO improves is the one that is sampled from, so there is nothing but a temperature."""
+    """How answers are sampled. The policy that GRPO improves is the one that is sampled from, so there is nothing but a
+    temperature."""
 
     max_prompt: int
     max_completion: int
@@ -163,7 +166,8 @@ class _HostAdapter:
 
 
 class _Sink:
-    """Keeps an answer. It ends the answer itself, since the engine hands out no stop token, and the stop token is to be learned."""
+    """Keeps an answer. It ends the answer itself, since the engine hands out no stop token, and the stop token is to be
+    learned."""
 
     def __init__(self, stop: frozenset[int]):
         self._stop, self._tokens = stop, []

@@ -31,5 +31,7 @@ class Scorer:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _scores(config: ModelConfig, weights: Weights, adapter: Adapter | None, tokens: Array, mask: Array, temperature: Array) -> Array:
+def _scores(
+    config: ModelConfig, weights: Weights, adapter: Adapter | None, tokens: Array, mask: Array, temperature: Array
+) -> Array:
     return Policy(config, weights, adapter)(tokens, temperature=temperature, wanted=mask)

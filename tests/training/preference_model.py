@@ -69,7 +69,8 @@ def pair_window(step: int, micro_batches: int = 2) -> dict[str, np.ndarray]:
 def trainer(
     model: Model, loss: Loss, prepare: Callable[[dict[str, np.ndarray], Adapter], dict[str, np.ndarray]] | None = None
 ) -> Callable[[Sequence[dict[str, np.ndarray]]], dict[str, np.ndarray]]:
-    """`train(windows)`: loss and gradient norm of each step with the settings of the runs; the reference is the adapter at the start.
+    """`train(windows)`: loss and gradient norm of each step with the settings of the runs; the reference is the adapter at the
+    start.
 
     Arguments:
         prepare: makes of (window, adapter before the step) the window that the step takes.

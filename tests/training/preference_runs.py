@@ -58,11 +58,13 @@ def pairs() -> list[dict[str, list[int]]]:
 
 
 def labelled() -> list[dict[str, Any]]:
-    """The same as single answers, half of them desirable; `KL_completion_ids` is the answer to another prompt of the same batch."""
+    """The same as single answers, half of them desirable; `KL_completion_ids` is the answer to another prompt of the same
+    batch."""
     rows = []
     for index, pair in enumerate(pairs()):
         good = index % 3 != 0
-        rows.append({"prompt_ids": pair["prompt_ids"], "completion_ids": pair["chosen_ids" if good else "rejected_ids"], "label": good})
+        completion = pair["chosen_ids" if good else "rejected_ids"]
+        rows.append({"prompt_ids": pair["prompt_ids"], "completion_ids": completion, "label": good})
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         for row, other in zip(batch, [batch[-1], *batch[:-1]]):

@@ -62,13 +62,15 @@ def kto(folder: pathlib.Path) -> dict[str, list[float]]:
 
 
 def odds() -> dict[str, list[float]]:
-    """ORPO's comparison of odds on a few pairs, and its gradients. TRL's likelihood term differs from the paper's, and so do whole runs."""
+    """ORPO's comparison of odds on a few pairs, and its gradients. TRL's likelihood term differs from the paper's, and so do
+    whole runs."""
     means = torch.tensor(runs.MEAN_LOGPS, dtype=torch.float64)
     chosen, rejected = means[:, 0].float().requires_grad_(), means[:, 1].float().requires_grad_()
     trainer = types.SimpleNamespace(beta=1.0, accelerator=types.SimpleNamespace(device="cpu"))
     loss = -ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0]
     loss.sum().backward()
-    found = {"chosen": chosen, "rejected": rejected, "loss": loss, "chosen_gradient": chosen.grad, "rejected_gradient": rejected.grad}
+    found = {"chosen": chosen, "rejected": rejected, "loss": loss}
+    found |= {"chosen_gradient": chosen.grad, "rejected_gradient": rejected.grad}
     return {name: tensor.tolist() for name, tensor in found.items()}
 
 

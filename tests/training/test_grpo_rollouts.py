@@ -16,10 +16,10 @@ from jaxlora.lora import Adapter
 from jaxlora.model import logits
 from jaxlora.settings import Settings
 from jaxlora.weights import Weights, load
-from training.groups import Groups, HeldOutRewards, Judge, Plan, Prompt, length_buckets
+from training.groups import HELD_OUT, Groups, HeldOutRewards, Judge, Plan, Prompt, length_buckets
 from training.lora_init import new_adapter
 from training.losses.grpo import advantages
-from training.rewards import Rewards
+from training.rewards import RewardFunction, Rewards
 from training.rollouts import Answer, Sampled, Sampler, Sampling, seeds
 from training.scores import Scorer
 from training.trainer import TrainingStopped
@@ -114,7 +114,8 @@ def test_sampling_follows_the_probabilities_of_training(model: Model, sampler: S
     """The mean log-probability of many first tokens is the entropy, up to chance: engine and training agree on the policy."""
     count = 500
     answers = sampler.sample(model.adapter, [PROMPTS[0]] * count, seeds(5, 0, count)).answers
-    log_probs = np.array(jax.nn.log_softmax(logits(model.config, model.weights, jnp.array([PROMPTS[0]]), model.adapter)[0, -1]), np.float64)
+    found = logits(model.config, model.weights, jnp.array([PROMPTS[0]]), model.adapter)[0, -1]
+    log_probs = np.array(jax.nn.log_softmax(found), np.float64)
     drawn = log_probs[[answer.tokens[0] for answer in answers]]
     entropy, spread = -(np.exp(log_probs) * log_probs).sum(), drawn.std() / count**0.5
     assert abs(-drawn.mean() - entropy) < 4 * spread
@@ -136,7 +137,11 @@ def _score(adapter: object, tokens: np.ndarray, mask: np.ndarray, temperature: f
     return (-tokens / 7 * mask).astype(np.float32)
 
 
-def _groups(folder: pathlib.Path, plan: Plan = PLAN, judge=lambda completions, n: [len(text) * line for text, line in zip(completions, n)]) -> Groups:
+def _length_times_line(completions: list[str], n: list[int]) -> list[float]:
+    return [len(text) * line for text, line in zip(completions, n)]
+
+
+def _groups(folder: pathlib.Path, plan: Plan = PLAN, judge: RewardFunction = _length_times_line) -> Groups:
     return Groups(LINES, plan, Judge(_sample, Rewards({"judge": judge}), lambda tokens: "x" * len(tokens)), _score, folder)
 
 
@@ -208,12 +213,13 @@ def test_a_reward_that_fails_stops_the_run_before_anything_is_written(tmp_path: 
 
 
 def test_held_out_rewards_are_of_the_same_draws_every_time() -> None:
-    rewards = Rewards({"long": lambda completions: [len(text) for text in completions], "one": lambda completions: [None] * len(completions)})
+    judges = {"long": lambda completions: list(map(len, completions)), "none": lambda completions: [None] * len(completions)}
+    rewards = Rewards(judges)
     held_out = HeldOutRewards(LINES, Judge(_sample, rewards, lambda tokens: "x" * len(tokens)), seed=3)
     scores = held_out(object())
     assert scores == held_out(object()) and not list(held_out.windows())
-    lengths = [len(answer.tokens) for answer in _sample(None, LINES, seeds(3, 1 << 31, 5)).answers]
-    assert scores == {"eval_loss": -np.mean(lengths), "eval_reward": np.mean(lengths), "eval_reward_long": np.mean(lengths), "eval_reward_one": 0.0}
+    mean = np.mean([len(answer.tokens) for answer in _sample(None, LINES, seeds(3, HELD_OUT, 5)).answers])
+    assert scores == {"eval_loss": -mean, "eval_reward": mean, "eval_reward_long": mean, "eval_reward_none": 0.0}
 
 
 def test_length_buckets_are_few_and_fit_the_longest() -> None:
@@ -229,5 +235,6 @@ def test_the_scorer_gives_log_probabilities_of_the_answers_only(model: Model) ->
     found = Scorer(model.config, model.weights)(model.adapter, tokens, mask, temperature=0.5)
     flat = tokens.reshape(6, 16)
     log_probs = jax.nn.log_softmax(2 * logits(model.config, model.weights, jnp.array(flat), model.adapter)[:, :-1])
-    expected = np.pad(np.take_along_axis(np.array(log_probs), flat[:, 1:, None], 2)[..., 0], ((0, 0), (1, 0))) * mask.reshape(6, 16)
+    of_tokens = np.take_along_axis(np.array(log_probs), flat[:, 1:, None], 2)[..., 0]
+    expected = np.pad(of_tokens, ((0, 0), (1, 0))) * mask.reshape(6, 16)
     np.testing.assert_allclose(found.reshape(6, 16), expected, atol=2e-5)

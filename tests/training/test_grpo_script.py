@@ -1,4 +1,5 @@
-"""`training.grpo` as a person runs it: rewards rise, the same seed gives the same bytes, and a run that was stopped ends as if it had not been."""
+"""`training.grpo` as a person runs it: rewards rise, the same seed gives the same bytes, and a run that was stopped ends as if
+it had not been."""
 
 import json
 import pathlib
@@ -6,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from jaxlora.settings import Settings
 from tests.training import tiny
@@ -29,7 +30,8 @@ def place(tmp_path: pathlib.Path, tiny_model: pathlib.Path, monkeypatch: pytest.
 
 def _run(place: pathlib.Path, run: str, *more: Any, reward: str = "even", steps: int = 4, publish: bool = False) -> int:
     options = {
-        "data": place / "prompts.jsonl", "name": "alice/even", "reward": f"{REWARD}:{reward}", "run": place / run, "max-steps": steps,
+        "data": place / "prompts.jsonl", "name": "alice/even", "reward": f"{REWARD}:{reward}", "run": place / run,
+        "max-steps": steps,
         "batch-size": 32, "group": 8, "max-completion": 10, "max-length": 64, "buckets": 1, "rank": 4, "alpha": 8, "lr": 2e-2,
         "schedule": "constant", "checkpoint-every": 1000, "store": place / "store",
     }  # fmt: skip
@@ -46,11 +48,15 @@ def _adapter(run: pathlib.Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+def _timeless(run: pathlib.Path) -> list[dict[str, Any]]:
+    return [{name: value for name, value in entry.items() if "second" not in name} for entry in _entries(run)]
+
+
 def test_rewards_rise(place: pathlib.Path) -> None:
     assert _run(place, "run", steps=20) == 0
     rewards = [entry["reward"] for entry in _entries(place / "run")]
     assert len(rewards) == 20 and np.mean(rewards[-4:]) > 3 * np.mean(rewards[:4])
-    assert any(array.any() for name, array in load_file(place / "run" / "adapter" / "adapter_model.safetensors").items() if "lora_B" in name)
+    assert any(array.any() for name, array in load(_adapter(place / "run")).items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("updates", [1, 3])
@@ -61,8 +67,7 @@ def test_a_stopped_run_ends_with_the_bytes_of_one_that_was_not(place: pathlib.Pa
     assert _run(place, "stopped", *more, reward="even_until_stopped", steps=5) == 143
     assert _run(place, "stopped", *more, reward="even_until_stopped", steps=5) == 0
     assert _adapter(place / "whole") == _adapter(place / "stopped")
-    timeless = [[{name: value for name, value in entry.items() if "second" not in name} for entry in _entries(place / run)] for run in ("whole", "stopped")]
-    assert timeless[0] == timeless[1]
+    assert _timeless(place / "whole") == _timeless(place / "stopped")
 
 
 def test_updates_of_one_rollout_start_at_a_ratio_of_one_and_move_on(place: pathlib.Path) -> None:
@@ -114,4 +119,5 @@ def test_wrong_lines_are_told_with_their_numbers(place: pathlib.Path, capsys: py
     tiny.write_lines(place / "prompts.jsonl", [{"prompt": "a"}, {"text": "b"}, {"prompt": ""}, {"prompt": "c", "completions": 1}])
     assert _run(place, "run") == 1
     told = capsys.readouterr().err
-    assert "line 2: has no `prompt`" in told and "line 3: `prompt` is empty" in told and "line 4: has a field `completions`" in told
+    for problem in ("line 2: has no `prompt`", "line 3: `prompt` is empty", "line 4: has a field `completions`"):
+        assert problem in told

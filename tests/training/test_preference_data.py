@@ -11,7 +11,8 @@ from training.data import Encoder
 from training.method import Example
 from training.records import BadLine, Record, TooLong
 
-USER, GOOD, BAD = ({"role": role, "content": text} for role, text in (("user", "2+2?"), ("assistant", "four"), ("assistant", "five!")))
+USER = {"role": "user", "content": "2+2?"}
+GOOD, BAD = ({"role": "assistant", "content": text} for text in ("four", "five!"))
 
 
 @pytest.fixture(scope="module")

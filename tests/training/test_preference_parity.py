@@ -1,4 +1,5 @@
-"""Runs of 20 steps against those of TRL and PEFT: the same data, initial adapter and optimizer give the same losses and gradients."""
+"""Runs of 20 steps against those of TRL and PEFT: the same data, initial adapter and optimizer give the same losses and
+gradients."""
 
 import functools
 import importlib.util

@@ -16,7 +16,7 @@ from jaxlora.settings import Settings
 from tests.training import tiny
 from training import dpo
 from training.lora_init import new_adapter, to_peft
-from training.losses import Terms
+from training.losses import LogProbs, Terms
 from training.losses.preference import PAIRWISE, PreferenceLoss, UnpairedLoss, log_odds
 
 DATA = [{"prompt": f"{at % 10} then ", "chosen": "yes" * (1 + at % 4), "rejected": "no" * (1 + at % 3)} for at in range(24)]
@@ -64,7 +64,7 @@ def test_a_step_of_kto_does_not_depend_on_its_micro_batches(place: pathlib.Path)
     assert one[-1] > 0
 
 
-def test_the_reference_is_the_adapter_that_training_starts_from_or_the_base(place: pathlib.Path, tiny_model: pathlib.Path) -> None:
+def test_the_reference_is_the_start_or_the_base(place: pathlib.Path, tiny_model: pathlib.Path) -> None:
     config, raw = ModelConfig.from_folder(tiny_model), peft.new_config(r=4, lora_alpha=8, target_modules="all-linear")
     adapter = new_adapter(config, raw, 5)
     adapter = adapter.replace(b=jax.tree.map(lambda b: jnp.full_like(b, 0.1), adapter.b))
@@ -132,7 +132,8 @@ def _batch(rows: int, filling: int) -> dict[str, np.ndarray]:
     for name in ("chosen", "rejected", "tokens", "other"):
         length = random.integers(3, 9, (rows + filling, 1))
         batch[name] = random.integers(0, 9, (rows + filling, 9)) * live
-        batch["mask" if name == "tokens" else f"{name}_mask"] = ((np.arange(9) >= 2) & (np.arange(9) < length) & live).astype(np.uint8)
+        mask = (np.arange(9) >= 2) & (np.arange(9) < length) & live
+        batch["mask" if name == "tokens" else f"{name}_mask"] = mask.astype(np.uint8)
     batch["desirable"] = (np.arange(rows + filling) % 2 * live[:, 0]).astype(np.uint8)
     return batch
 
@@ -141,8 +142,10 @@ LOSSES = [*(PreferenceLoss(kind, 0.3) for kind in PAIRWISE), UnpairedLoss(0.3)]
 
 
 def _terms(loss: PreferenceLoss | UnpairedLoss, batch: dict[str, np.ndarray]) -> Terms:
-    policy, reference = (lambda tokens, wanted=None, shift=shift: -jnp.sqrt(1.0 + tokens + shift) * (wanted != 0) for shift in (0.5, 0.0))
-    return loss(policy, reference, {name: jnp.asarray(array) for name, array in batch.items()})
+    def model(shift: float) -> LogProbs:
+        return lambda tokens, wanted: -jnp.sqrt(1.0 + tokens + shift) * (wanted != 0)
+
+    return loss(model(0.5), model(0.0), {name: jnp.asarray(array) for name, array in batch.items()})
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: getattr(loss, "kind", "kto"))

@@ -77,7 +77,8 @@ def test_what_a_function_raises_is_told_with_its_name(file: pathlib.Path) -> Non
 
 def test_everything_that_cannot_be_loaded_is_named_at_once(file: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "wrong.py").write_text("import nothing_of_that_name\n")
-    specs = [f"{file}:missing", f"{file}:NUMBER", f"{tmp_path}/wrong.py:f", f"{tmp_path}/none.py:f", "no.such.module:f", "no_colon"]
+    places = [f"{file}:missing", f"{file}:NUMBER", f"{tmp_path}/wrong.py:f", f"{tmp_path}/none.py:f"]
+    specs = [*places, "no.such.module:f", "no_colon"]
     with pytest.raises(SetupError) as caught:
         Rewards.load(specs)
     lines = str(caught.value).splitlines()

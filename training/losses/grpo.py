@@ -1,10 +1,12 @@
-"""Group-relative policy optimisation (Shao et al. 2024, DeepSeekMath): advantages from the rewards of a group, and the clipped loss.
+"""Group-relative policy optimisation (Shao et al. 2024, DeepSeekMath): advantages from the rewards of a group, and the clipped
+loss.
 
-The advantages are computed on the host, in NumPy; the loss is one as `training.losses` defines them. Neither knows where answers and
-rewards come from. Letters in shapes: P prompts, G answers of each, B answers of a batch, T tokens.
+The advantages are computed on the host, in NumPy; the loss is one as `training.losses` defines them. Neither knows where
+answers and rewards come from. Letters in shapes: P prompts, G answers of each, B answers of a batch, T tokens.
 
-A batch has `tokens` int32 `[B, T]` (prompt and answer), `mask` `[B, T]`, `advantages` float32 `[B]`, and `old_logps` float32 `[B, T]`: the
-log-probabilities under the policy that sampled the answers. Without `old_logps` that policy is the one being trained, as it is.
+A batch has `tokens` int32 `[B, T]` (prompt and answer), `mask` `[B, T]`, `advantages` float32 `[B]`, and `old_logps` float32
+`[B, T]`: the log-probabilities under the policy that sampled the answers. Without `old_logps` that policy is the one being
+trained, as it is.
 """
 
 import dataclasses
@@ -23,13 +25,15 @@ _EPSILON = 1e-4  # keeps a group of nearly equal rewards from being blown up; TR
 
 @dataclasses.dataclass(frozen=True)
 class GrpoLoss:
-    """The clipped loss (DeepSeekMath, equation 3, negated), with the k3 estimate of the divergence from the reference (equation 4).
+    """The clipped loss (DeepSeekMath, equation 3, negated), with the k3 estimate of the divergence from the reference (equation
+    4).
 
     Metrics, by token: `kl`, and the shares `clip/low` and `clip/high` of tokens whose gradient the clipping takes away.
 
     Attributes:
-        normalisation: `grpo`: the mean over answers of their means over tokens; `dapo`: the mean over all tokens (Yu et al. 2025);
-            `dr_grpo`: the sum over tokens by a constant, `max_completion`, so that length has no influence (Liu et al. 2025).
+        normalisation: `grpo`: the mean over answers of their means over tokens; `dapo`: the mean over all tokens (Yu et al.
+            2025); `dr_grpo`: the sum over tokens by a constant, `max_completion`, so that length has no influence (Liu et al.
+            2025).
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         kl: weight of the divergence from the reference; 0 needs no reference.
         max_completion: most tokens of an answer.
@@ -80,8 +84,8 @@ def advantages(rewards: np.ndarray, scale: str = "group") -> np.ndarray:
     """Group-relative advantages, float32 `[P, G]`, from rewards `[P, G]`; NaN marks an answer without a reward.
 
     Arguments:
-        scale: `group` divides by the standard deviation of the group, `batch` by that of all rewards, `none` by nothing, as `dr_grpo`
-            has it. Standard deviations are those of a sample (G - 1), as in TRL.
+        scale: `group` divides by the standard deviation of the group, `batch` by that of all rewards, `none` by nothing, as
+            `dr_grpo` has it. Standard deviations are those of a sample (G - 1), as in TRL.
 
     Returns:
         Zero for answers without a reward, which take no part in the means either, and for groups in which only one has a reward.

@@ -1,12 +1,12 @@
 """Losses that learn from better and worse answers: the DPO family, ORPO and KTO.
 
-The formulas are functions of log-probabilities, one number for each pair or answer; `PreferenceLoss` and `UnpairedLoss` make of them
-losses as `training.losses` defines them. Letters in shapes: B examples of a batch, T tokens.
+The formulas are functions of log-probabilities, one number for each pair or answer; `PreferenceLoss` and `UnpairedLoss` make of
+them losses as `training.losses` defines them. Letters in shapes: B examples of a batch, T tokens.
 
 A batch of pairs has `chosen`, `rejected` int32 `[B, T]` (prompt and answer) and `chosen_mask`, `rejected_mask` `[B, T]`; also
-`chosen_reference`, `rejected_reference` float32 `[B]` where the reference's log-probabilities of the answers are known already. A batch of
-single answers has `tokens`, `mask` and `desirable` `[B]`; `other` and `other_mask` `[B, T]`, the same prompts with answers to other prompts;
-and `kl` float32 `[B]`, the same number everywhere, where the divergence is known already.
+`chosen_reference`, `rejected_reference` float32 `[B]` where the reference's log-probabilities of the answers are known already.
+A batch of single answers has `tokens`, `mask` and `desirable` `[B]`; `other` and `other_mask` `[B, T]`, the same prompts with
+answers to other prompts; and `kl` float32 `[B]`, the same number everywhere, where the divergence is known already.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from training.losses import Batch, LogProbs, Terms
 
 
 class Answers(NamedTuple):
-    """One answer to each of B prompts: `logps` and `ref_logps` `[B]` are log-probabilities of whole answers (sums over their tokens)
-    under the policy and under the reference, `tokens` `[B]` is how many tokens each has."""
+    """One answer to each of B prompts: `logps` and `ref_logps` `[B]` are log-probabilities of whole answers (sums over their
+    tokens) under the policy and under the reference, `tokens` `[B]` is how many tokens each has."""
 
     logps: Array
     ref_logps: Array
@@ -45,15 +45,15 @@ Pairwise = Callable[[Answers, Answers, float, float], Array]
 
 
 def sigmoid(chosen: Answers, rejected: Answers, beta: float, label_smoothing: float = 0.0) -> Array:
-    """DPO (Rafailov et al. 2023, equation 7). `label_smoothing` is the share of labels that are taken to be flipped (conservative DPO,
-    Mitchell 2023)."""
+    """DPO (Rafailov et al. 2023, equation 7). `label_smoothing` is the share of labels that are taken to be flipped
+    (conservative DPO, Mitchell 2023)."""
     margin = beta * (chosen.ratios - rejected.ratios)
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
 
 
 def robust(chosen: Answers, rejected: Answers, beta: float, label_smoothing: float = 0.0) -> Array:
-    """DPO whose expectation under labels flipped with probability `label_smoothing` < 0.5 is the loss under clean ones (Chowdhury et al.
-    2024, equation 12)."""
+    """DPO whose expectation under labels flipped with probability `label_smoothing` < 0.5 is the loss under clean ones
+    (Chowdhury et al. 2024, equation 12)."""
     margin = beta * (chosen.ratios - rejected.ratios)
     clean, flipped = -jax.nn.log_sigmoid(margin), -jax.nn.log_sigmoid(-margin)
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
@@ -65,8 +65,8 @@ def hinge(chosen: Answers, rejected: Answers, beta: float, label_smoothing: floa
 
 
 def ipo(chosen: Answers, rejected: Answers, beta: float, label_smoothing: float = 0.0) -> Array:
-    """IPO (Azar et al. 2023, equation 17) with `beta` for the paper's tau, on log-ratios averaged over tokens, as its authors run it.
-    Has no label smoothing."""
+    """IPO (Azar et al. 2023, equation 17) with `beta` for the paper's tau, on log-ratios averaged over tokens, as its authors
+    run it. Has no label smoothing."""
     average = chosen.ratios / jnp.maximum(chosen.tokens, 1) - rejected.ratios / jnp.maximum(rejected.tokens, 1)
     return (average - 1 / (2 * beta)) ** 2
 
@@ -84,12 +84,15 @@ SMOOTHED = ("sigmoid", "robust")
 WITHOUT_REFERENCE = ("orpo",)
 
 
-def kto(answers: Answers, desirable: Array, kl: Array, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Array:
+def kto(
+    answers: Answers, desirable: Array, kl: Array, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> Array:
     """KTO (Ethayarajh et al. 2024, equation 7): the loss of each answer, `[B]`.
 
     Arguments:
         desirable: bool `[B]`.
-        kl: the paper's z0, the policy's divergence from the reference on answers to other prompts, at least 0, without a gradient.
+        kl: the paper's z0, the policy's divergence from the reference on answers to other prompts, at least 0, without a
+            gradient.
     """
     gain = beta * (answers.ratios - kl)
     return jnp.where(desirable, desirable_weight * jax.nn.sigmoid(-gain), undesirable_weight * jax.nn.sigmoid(gain))
@@ -178,8 +181,8 @@ class UnpairedLoss:
 
 
 def other_divergence(policy: LogProbs, reference: LogProbs, batch: Batch) -> Terms:
-    """The policy's divergence from the reference on answers to other prompts, as a loss: the batch's mean is KTO's z0 before it is cut
-    at 0. A window's z0 needs all of its micro-batches, so it is computed before the step that uses it."""
+    """The policy's divergence from the reference on answers to other prompts, as a loss: the batch's mean is KTO's z0 before it
+    is cut at 0. A window's z0 needs all of its micro-batches, so it is computed before the step that uses it."""
     mask = batch["other_mask"]
     ratios = answer_logps(policy, batch["other"], mask) - answer_logps(reference, batch["other"], mask)
     live = live_rows(mask)
