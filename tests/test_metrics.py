@@ -19,6 +19,7 @@ from jaxlora.service import request_log
 from jaxlora.service.metrics import COUNTER, HISTOGRAM, METRICS, BoundedLabels, Registry
 from jaxlora.service.observation import Observer
 from jaxlora.service.request_log import RequestLog
+from server import backend
 from server.exporter import Exporter
 
 SQL = AdapterVersion(AdapterName("alice", "sql", 2), "", "", 8, 100, pathlib.Path("x"), ())
@@ -82,29 +83,34 @@ class TestRegistry:
 
 
 class Family:
-    """Triton's MetricFamily: keeps every series until it goes itself."""
+    """Triton's MetricFamily: keeps every series until it goes itself, and must not be used while Triton is called from elsewhere."""
 
     COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
     living: "weakref.WeakValueDictionary[str, Family]" = weakref.WeakValueDictionary()
 
     def __init__(self, name, description, kind):
-        assert name not in Family.living and description
+        assert name not in Family.living and description and backend.TRITON.locked()
         self.kind, self.series = kind, {}
         Family.living[name] = self
 
     def Metric(self, labels, buckets=None):  # noqa: N802
-        assert (buckets is not None) == (self.kind == Family.HISTOGRAM)
+        assert (buckets is not None) == (self.kind == Family.HISTOGRAM) and backend.TRITON.locked()
         series = types.SimpleNamespace(value=0.0, values=[], calls=0)
         self.series[tuple(labels.values())] = series
 
         def change(value):
-            assert value >= 0
+            assert value >= 0 and backend.TRITON.locked()
             series.calls, series.value = series.calls + 1, series.value + value
 
         def set(value):
+            assert backend.TRITON.locked()
             series.calls, series.value = series.calls + 1, value
 
-        series.increment, series.set, series.observe = change, set, series.values.append
+        def observe(value):
+            assert backend.TRITON.locked()
+            series.values.append(value)
+
+        series.increment, series.set, series.observe = change, set, observe
         return series
 
 

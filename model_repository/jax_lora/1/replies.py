@@ -72,7 +72,8 @@ class Replies:
 
     def cancelled(self) -> bool:
         """Whether the client went away."""
-        return self._response_sender.is_cancelled()
+        with backend.TRITON:
+            return self._response_sender.is_cancelled()
 
     def progressed(self) -> None:
         if self._stream:
@@ -118,9 +119,12 @@ class Replies:
             backend.send_error(self._response_sender, error)
         elif ready:
             response = final_response(pieces, [row.ending for row in self._rows])
-            self._response_sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            with backend.TRITON:
+                self._response_sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         elif pieces[0]:
-            self._response_sender.send(partial_response(pieces[0]))
+            response = partial_response(pieces[0])
+            with backend.TRITON:
+                self._response_sender.send(response)
 
 
 def partial_response(pieces: list[Piece]) -> Any:
