@@ -6,7 +6,6 @@ Runs inside Triton's Python backend, and is the only module beside the models th
 
 import functools
 import json
-import threading
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,10 +16,6 @@ from jaxlora.settings import Settings
 
 PROGRESS = "progress: "
 """What a printed line begins with when a person who waits for the server should see it."""
-
-TRITON = threading.Lock()
-"""Held for every call into Triton that another thread than the one that runs `execute` makes, and for all that concern metrics: the stub
-corrupts the memory that it shares with the server when a metric and another call meet."""
 
 _LISTS = {field.name for field in (*FIELDS.values(), INPUT_IDS) if field.dims == -1}
 
@@ -73,9 +68,7 @@ def send_error(response_sender: Any, error: BaseException) -> None:
     """The same for a decoupled model: the error is the last response of the request."""
     import triton_python_backend_utils as pb_utils
 
-    response = error_response(error)
-    with TRITON:
-        response_sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    response_sender.send(error_response(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def refusing(initialize: Callable[[Any, dict[str, str]], None]) -> Callable[[Any, dict[str, str]], None]:

@@ -1,7 +1,6 @@
 """Shows a registry in Triton's `/metrics`, through the custom metrics of the Python backend.
 
-Those are not thread-safe: an exporter belongs to one thread, a process has one, and each call is made under the lock `backend.TRITON`,
-since a response that is sent or a client that is looked after at the same time brings the process down. Several processes may show the same metric; Triton
+Those are not thread-safe: an exporter belongs to one thread, and a process has one. Several processes may show the same metric; Triton
 adds their counts up, and goes on from what it has when a process ends. A series can't be taken back, only a whole family.
 """
 
@@ -10,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxlora.service.metrics import COUNTER, HISTOGRAM, INFO, METRICS, Distribution, Labels, Metric, Registry
-from server import backend
 
 INTERVAL_S = 0.25
 
@@ -42,11 +40,10 @@ class Exporter:
         before = self._shown.get(key)
         if value == before:
             return
-        with backend.TRITON:
-            if metric.kind == COUNTER:
-                self._at(metric, labels).increment(value - (before or 0))
-            else:
-                self._at(metric, labels).set(value)
+        if metric.kind == COUNTER:
+            self._at(metric, labels).increment(value - (before or 0))
+        else:
+            self._at(metric, labels).set(value)
         self._shown[key] = value
 
     def _replay(self, metric: Metric, labels: Labels, found: Distribution) -> None:
@@ -58,8 +55,7 @@ class Exporter:
             if new:
                 value = (found.sums[bucket] - before.sums[bucket]) / new
                 for _ in range(new):
-                    with backend.TRITON:
-                        self._at(metric, labels).observe(_inside(metric.buckets, bucket, value))
+                    self._at(metric, labels).observe(_inside(metric.buckets, bucket, value))
         self._shown[key] = found
 
     def _at(self, metric: Metric, labels: Labels) -> Any:
@@ -76,10 +72,9 @@ class Exporter:
         return self._series[key]
 
     def _take_back(self, name: str) -> None:
-        with backend.TRITON:
-            for key in [key for key in self._series if key[0] == name]:
-                del self._series[key], self._shown[key]
-            self._families.pop(name, None)
+        for key in [key for key in self._series if key[0] == name]:
+            del self._series[key], self._shown[key]
+        self._families.pop(name, None)
 
 
 def _inside(buckets: tuple[float, ...], bucket: int, value: float) -> float:

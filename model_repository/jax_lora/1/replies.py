@@ -72,8 +72,7 @@ class Replies:
 
     def cancelled(self) -> bool:
         """Whether the client went away."""
-        with backend.TRITON:
-            return self._response_sender.is_cancelled()
+        return self._response_sender.is_cancelled()
 
     def progressed(self) -> None:
         if self._stream:
@@ -119,12 +118,9 @@ class Replies:
             backend.send_error(self._response_sender, error)
         elif ready:
             response = final_response(pieces, [row.ending for row in self._rows])
-            with backend.TRITON:
-                self._response_sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            self._response_sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         elif pieces[0]:
-            response = partial_response(pieces[0])
-            with backend.TRITON:
-                self._response_sender.send(response)
+            self._response_sender.send(partial_response(pieces[0]))
 
 
 def partial_response(pieces: list[Piece]) -> Any:
