@@ -1,31 +1,34 @@
-"""Shows a registry in Triton's `/metrics`, through the custom metrics of the Python backend.
+"""Shows values in Triton's `/metrics`, through the custom metrics of the Python backend.
 
-Those are not thread-safe: an exporter belongs to one thread, and a process has one. Several processes may show the same metric; Triton
-adds their counts up, and goes on from what it has when a process ends. A series can't be taken back, only a whole family.
+Must run in a process that does nothing else with Triton. When one of those calls returns, Triton still writes to the memory that the call
+used and has already given back, so whatever the process sends or receives at that moment is corrupted (measured: a busy model dies within
+seconds). One thread makes the calls, with a pause after each. A series can't be taken back, only a whole family.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
-from jaxlora.service.metrics import COUNTER, HISTOGRAM, INFO, METRICS, Distribution, Labels, Metric, Registry
+from jaxlora.service.metrics import COUNTER, HISTOGRAM, INFO, METRICS, Distribution, Labels, Metric, Values
 
 INTERVAL_S = 0.25
+PAUSE_S = 0.002
 
 
 class Exporter:
-    """Brings Triton's metrics up to what the registry holds, whenever `sync` is called."""
+    """Brings Triton's metrics up to the values that `sync` is given. Counters must not fall."""
 
-    def __init__(self, registry: Registry):
-        self._registry = registry
+    def __init__(self, pause_s: float = PAUSE_S):
+        self._pause_s = pause_s
         self._families: dict[str, Any] = {}
         self._series: dict[tuple[str, Labels], Any] = {}
         self._shown: dict[tuple[str, Labels], float | Distribution] = {}
 
-    def sync(self) -> None:
+    def sync(self, values: Values) -> None:
         """Shows all that has changed since the last call."""
-        values, distributions = self._registry.read()
-        for name, series in values.items():
+        plain, distributions = values
+        for name, series in plain.items():
             metric = METRICS[name]
             for labels, value in series.items():
                 if metric.kind == INFO and (name, labels) not in self._series:
@@ -44,6 +47,7 @@ class Exporter:
             self._at(metric, labels).increment(value - (before or 0))
         else:
             self._at(metric, labels).set(value)
+        self._pause()
         self._shown[key] = value
 
     def _replay(self, metric: Metric, labels: Labels, found: Distribution) -> None:
@@ -56,6 +60,7 @@ class Exporter:
                 value = (found.sums[bucket] - before.sums[bucket]) / new
                 for _ in range(new):
                     self._at(metric, labels).observe(_inside(metric.buckets, bucket, value))
+                    self._pause()
         self._shown[key] = found
 
     def _at(self, metric: Metric, labels: Labels) -> Any:
@@ -66,15 +71,27 @@ class Exporter:
             kind = {COUNTER: pb_utils.MetricFamily.COUNTER, HISTOGRAM: pb_utils.MetricFamily.HISTOGRAM}.get(metric.kind, pb_utils.MetricFamily.GAUGE)
             if metric.name not in self._families:
                 self._families[metric.name] = pb_utils.MetricFamily(name=metric.name, description=metric.help, kind=kind)
+                self._pause()
             buckets = {"buckets": list(metric.buckets)} if metric.kind == HISTOGRAM else {}
             named = dict(zip(metric.labels, labels, strict=True))
             self._series[key] = self._families[metric.name].Metric(labels=named, **buckets)
+            self._pause()
         return self._series[key]
 
     def _take_back(self, name: str) -> None:
         for key in [key for key in self._series if key[0] == name]:
             del self._series[key], self._shown[key]
+            self._pause()
         self._families.pop(name, None)
+        self._pause()
+
+    def close(self) -> None:
+        """Takes everything back. Left to the end of the process, Triton's objects would crash it."""
+        for name in list(self._families):
+            self._take_back(name)
+
+    def _pause(self) -> None:
+        time.sleep(self._pause_s)
 
 
 def _inside(buckets: tuple[float, ...], bucket: int, value: float) -> float:
@@ -83,25 +100,24 @@ def _inside(buckets: tuple[float, ...], bucket: int, value: float) -> float:
 
 
 class ExporterThread:
-    """Syncs a registry some times a second, after `record` has brought it up to date."""
+    """Syncs some times a second what `read` gives."""
 
-    def __init__(self, registry: Registry, record: Callable[[], None]):
-        self._registry, self._record = registry, record
+    def __init__(self, read: Callable[[], Values]):
+        self._read = read
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Syncs once more, then ends the thread."""
+        """Takes everything back and ends the thread."""
         self._closing.set()
         self._thread.join()
 
     def _run(self) -> None:
-        exporter, closing = Exporter(self._registry), False
-        while not closing:
-            closing = self._closing.wait(INTERVAL_S)
+        exporter = Exporter()
+        while not self._closing.wait(INTERVAL_S):
             try:
-                self._record()
-                exporter.sync()
-            except Exception as error:  # metrics must never end the service; the next round may do better
+                exporter.sync(self._read())
+            except Exception as error:  # the next round may do better
                 print(f"metrics could not be shown: {type(error).__name__}: {error}", flush=True)
+        exporter.close()

@@ -11,7 +11,7 @@ from jaxlora.errors import SetupError
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 REPOSITORY = PROJECT / "model_repository"
-MODELS = ("adapters", "tokenizer", "jax_lora", "llm")
+MODELS = ("metrics", "adapters", "tokenizer", "jax_lora", "llm")
 STORE = "adapters"
 """The model whose folder holds the published adapters, in `users/`."""
 

@@ -4,6 +4,7 @@ import collections
 import json
 import pathlib
 import re
+import socket
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from jaxlora.service.metrics import COUNTER, HISTOGRAM, METRICS, BoundedLabels, 
 from jaxlora.service.observation import Observer
 from jaxlora.service.request_log import RequestLog
 from server.exporter import Exporter
+from server.metrics_channel import Collector, Sender, from_json, to_json
 
 SQL = AdapterVersion(AdapterName("alice", "sql", 2), "", "", 8, 100, pathlib.Path("x"), ())
 SQL_LABELS = ("alice/sql", "2")
@@ -116,11 +118,11 @@ class TestExporter:
 
     def test_counters_and_gauges_are_as_the_registry_has_them(self):
         registry = Registry()
-        exporter = Exporter(registry)
+        exporter = Exporter(pause_s=0)
         for total in (3, 4, 4, 10):
             registry.set("lora_engine_steps_total", value=total)
             registry.set("lora_requests_running", value=total)
-            exporter.sync()
+            exporter.sync(registry.read())
             assert Family.living["lora_engine_steps_total"].series[()].value == total
             assert Family.living["lora_requests_running"].series[()].value == total
         assert Family.living["lora_engine_steps_total"].series[()].calls == 3, "what did not change costs nothing"
@@ -128,18 +130,18 @@ class TestExporter:
     def test_a_series_that_begins_at_zero_is_shown(self):
         registry = Registry()
         registry.add("lora_publishes_total", "refused", amount=0)
-        exporter = Exporter(registry)
-        exporter.sync()
+        exporter = Exporter(pause_s=0)
+        exporter.sync(registry.read())
         assert Family.living["lora_publishes_total"].series[("refused",)].value == 0
 
     def test_histograms_have_every_value_in_its_bucket_and_the_same_sum(self):
         registry, name = Registry(), "lora_time_to_first_token_seconds"
         bounds = METRICS[name].buckets
-        exporter, values = Exporter(registry), [0.0003, 0.1, 0.1, 0.1, 0.07, 0.25, 1e-9, 500.0, 1000.0, 0.1000001]
+        exporter, values = Exporter(pause_s=0), [0.0003, 0.1, 0.1, 0.1, 0.07, 0.25, 1e-9, 500.0, 1000.0, 0.1000001]
         for count in (4, 10):
             for value in values[count - 4 if count == 4 else 4 : count]:
                 registry.observe(name, *SQL_LABELS, value=value)
-            exporter.sync()
+            exporter.sync(registry.read())
 
         def buckets(values):
             return collections.Counter(next((bound for bound in bounds if value <= bound), "inf") for value in values)
@@ -149,11 +151,84 @@ class TestExporter:
 
     def test_an_info_leaves_no_series_behind(self):
         registry = Registry()
-        exporter = Exporter(registry)
+        exporter = Exporter(pause_s=0)
         for number in range(5):
             registry.only("lora_requests_info", "8", f"user/{number}", "", value=number)
-            exporter.sync()
+            exporter.sync(registry.read())
         assert list(Family.living["lora_requests_info"].series) == [("8", "user/4", "")]
+
+    def test_at_its_end_it_takes_everything_back(self):
+        registry = Registry()
+        registry.add("lora_engine_steps_total")
+        registry.observe("lora_queue_time_seconds", *SQL_LABELS, value=1)
+        exporter = Exporter(pause_s=0)
+        exporter.sync(registry.read())
+        assert len(Family.living) == 2
+        exporter.close()
+        assert not Family.living
+
+
+class TestChannel:
+    @pytest.fixture
+    def at(self, tmp_path):
+        return str(tmp_path / "socket")
+
+    def eventually(self, collector, condition):
+        deadline = time.monotonic() + 10
+        while not condition(collector.merged()):
+            assert time.monotonic() < deadline, collector.merged()
+            time.sleep(0.02)
+
+    def test_values_survive_the_way(self):
+        registry = Registry()
+        registry.add("lora_publishes_total", "refused", amount=3)
+        registry.only("lora_requests_info", "8", "a/b,c/d", "", value=2.5)
+        registry.observe("lora_queue_time_seconds", *SQL_LABELS, value=500)
+        values, distributions = registry.read()
+        assert from_json(to_json((values, distributions))) == tuple(
+            {name: series for name, series in part.items() if series} for part in (values, distributions)
+        )
+
+    def test_a_sender_may_come_before_its_collector(self, at):
+        registry = Registry()
+        registry.add("lora_engine_steps_total", amount=7)
+        sender = Sender(registry, to=at)
+        time.sleep(0.4)
+        collector = Collector(at)
+        self.eventually(collector, lambda values: values[0]["lora_engine_steps_total"] == {(): 7})
+        registry.add("lora_engine_steps_total", amount=1)
+        self.eventually(collector, lambda values: values[0]["lora_engine_steps_total"] == {(): 8})
+        sender.close()
+        collector.close()
+
+    def test_counts_add_up_and_outlive_their_senders_and_gauges_do_not(self, at):
+        collector = Collector(at)
+        for _ in range(3):  # one after another, as instances of a model that is loaded again
+            registry = Registry()
+            registry.add("lora_publishes_total", "accepted", amount=2)
+            registry.observe("lora_queue_time_seconds", *SQL_LABELS, value=0.5)
+            registry.set("lora_slots", value=4)
+            Sender(registry, to=at).close()
+        living = Registry()
+        living.add("lora_publishes_total", "accepted", amount=1)
+        sender = Sender(living, to=at)
+        self.eventually(collector, lambda values: values[0]["lora_publishes_total"] == {("accepted",): 7} and not values[0]["lora_slots"])
+        found = collector.merged()[1]["lora_queue_time_seconds"][SQL_LABELS]
+        assert sum(found.counts) == 3 and sum(found.sums) == 1.5
+        sender.close()
+        collector.close()
+
+    def test_what_is_no_snapshot_ends_only_its_sender(self, at):
+        collector = Collector(at)
+        for rubbish in (b"\xff" * 100, b"\x00\x00\x00\x02{}", b"\x00\x00\x00\x05null ", b"\x00"):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.connect(at)
+                connection.sendall(rubbish)
+        registry = Registry()
+        registry.add("lora_engine_steps_total")
+        Sender(registry, to=at).close()
+        self.eventually(collector, lambda values: values[0]["lora_engine_steps_total"] == {(): 1})
+        collector.close()
 
 
 class Sink:

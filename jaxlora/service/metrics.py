@@ -102,6 +102,10 @@ class Distribution:
         return Distribution(list(self.counts), list(self.sums))
 
 
+Values = tuple[dict[str, dict[Labels, float]], dict[str, dict[Labels, Distribution]]]
+"""Counters, gauges and infos by name and labels, and histograms by name and labels."""
+
+
 class Registry:
     """The values of all metrics, by labels. Any thread may call it; no call but `read` takes longer than a few microseconds.
     A series begins with its first value."""
@@ -142,8 +146,26 @@ class Registry:
             found.counts[bucket] += 1
             found.sums[bucket] += value
 
-    def read(self) -> tuple[dict[str, dict[Labels, float]], dict[str, dict[Labels, Distribution]]]:
-        """A copy of all values: of counters, gauges and infos, and of histograms."""
+    def merge(self, values: Values) -> None:
+        """Adds counts and values of histograms to those that are here; takes over gauges."""
+        plain, distributions = values
+        with self._lock:
+            for name, series in plain.items():
+                here = self._values[name]
+                if METRICS[name].kind == INFO and series:
+                    here.clear()
+                for labels, value in series.items():
+                    here[labels] = value + here.get(labels, 0) if METRICS[name].kind == COUNTER else value
+            for name, found in distributions.items():
+                for labels, new in found.items():
+                    old = self._distributions[name].get(labels) or Distribution([0] * len(new.counts), [0.0] * len(new.sums))
+                    self._distributions[name][labels] = Distribution(
+                        [one + other for one, other in zip(old.counts, new.counts, strict=True)],
+                        [one + other for one, other in zip(old.sums, new.sums, strict=True)],
+                    )
+
+    def read(self) -> Values:
+        """A copy of all values."""
         with self._lock:
             return (
                 {name: dict(series) for name, series in self._values.items()},

@@ -50,8 +50,27 @@ def wait_for(server, condition) -> Samples:
         time.sleep(0.1)
 
 
+def adapters_in_info(samples: Samples) -> set[str]:
+    """The adapters that the info for a gateway names, on the device or waited for."""
+    infos = [dict(labels) for name, labels in samples if name == "lora_requests_info"]
+    return {name for info in infos for state in ("running", "waiting") for name in info[f"{state}_lora_adapters"].split(",") if name}
+
+
 def is_quiet(samples: Samples) -> bool:
     return total(samples, "lora_requests_running") == total(samples, "lora_requests_waiting") == 0
+
+
+def settled(server) -> Samples:
+    """A scrape when all that has happened is in it: values are shown one by one, some times a second."""
+    seen = [{}]
+
+    def is_settled(samples: Samples) -> bool:
+        counts = {key: value for key, value in samples.items() if key[0].startswith("lora_") and key[0].endswith(("_total", "_count"))}
+        seen.append(counts)
+        time.sleep(0.7)
+        return is_quiet(samples) and counts == seen[-2]
+
+    return wait_for(server, is_settled)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +80,8 @@ def log(operated) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def before(operated) -> Samples:
-    return wait_for(operated, lambda samples: is_quiet(samples) and total(samples, "lora_slots"))
+    wait_for(operated, lambda samples: total(samples, "lora_slots"))
+    return settled(operated)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +106,7 @@ def busy(operated, before) -> Samples:
         readers = [threading.Thread(target=read, args=(stream,)) for stream in waiting]
         for reader in readers:
             reader.start()
-        samples = wait_for(operated, lambda samples: total(samples, "lora_requests_waiting") == 2)
+        samples = wait_for(operated, lambda samples: total(samples, "lora_requests_waiting") == 2 and adapters_in_info(samples) >= {"alice/attention", "alice/rslora"})
         with pytest.raises(Refused, match="queue is full"):
             http.generate(text_input="hi", max_tokens=1)
         wait_for(operated, lambda now: total(now, "lora_requests_total", reason="queue_timeout") > 0)
@@ -100,6 +120,9 @@ def busy(operated, before) -> Samples:
 def after(operated, busy, adapters) -> Samples:
     """A scrape when all is quiet again, after requests for four adapters, bad ones, and a publish that is refused."""
     http = Http(operated)
+    gone = http.stream("jax_lora", text_input="x", max_tokens=SETTINGS["max_output_tokens"], stream=True, ignore_eos=True)
+    next(gone)
+    gone.close()
     for number, name in enumerate(["alice/attention", "alice/every-linear", "bob/attention", "bob/patterns", "alice/attention", ""]):
         answer = http.generate(id=f"request-{number}", text_input=SECRET, max_tokens=4, lora_name=name, ignore_eos=True)
         assert answer["num_output_tokens"] == 4
@@ -112,8 +135,7 @@ def after(operated, busy, adapters) -> Samples:
     shutil.copy(folder / "adapter_config.json", folder / "adapter_model.safetensors")
     with pytest.raises(Refused, match="frank/sql@1"):
         Http(operated, {"admin-key": ADMIN_KEY}).load("adapters")
-    refused = {"outcome": "refused", "reason": "adapter_not_found"}
-    return wait_for(operated, lambda samples: is_quiet(samples) and total(samples, "lora_requests_total", **refused) >= 2)
+    return settled(operated)
 
 
 def test_every_metric_is_there(after):
@@ -130,14 +152,13 @@ def test_the_dashboard_and_the_alert_rules_name_what_is_there(after, where):
 
 def test_while_it_is_busy(busy, operated):
     assert total(busy, "lora_requests_running") == total(busy, "lora_slots_used") == 2
-    assert total(busy, "lora_requests_waiting") == total(busy, "lora_adapter_requests_waiting") == 2
+    assert total(busy, "lora_requests_waiting") == 2
     assert total(busy, "lora_adapter_requests_running", adapter="base", version="0") == 2
     assert total(busy, "lora_load_ratio") == 2
     used, capacity = total(busy, "lora_kv_tokens_used"), total(busy, "lora_kv_tokens_capacity")
     assert 40 <= used <= capacity == 2 * operated.settings.max_seq_len
     assert total(busy, "lora_kv_cache_usage_ratio") == pytest.approx(used / capacity)
-    (info,) = [dict(labels) for name, labels in busy if name == "lora_requests_info"]
-    assert info["max_lora"] == "1" and {"alice/attention", "alice/rslora"} <= {*info["running_lora_adapters"].split(","), *info["waiting_lora_adapters"].split(",")}
+    assert adapters_in_info(busy) >= {"alice/attention", "alice/rslora"} and total(busy, "lora_requests_info", max_lora="1") > 0
 
 
 def test_what_was_accepted_has_ended(after):
@@ -153,7 +174,7 @@ def test_requests_are_counted_by_outcome_and_reason(before, after):
     assert new(outcome="failed", reason="queue_timeout") == 1
     assert new(outcome="refused", reason="invalid") == 2, "by the tokenizer and by the model"
     assert new(outcome="refused", reason="adapter_not_found") == 2
-    assert new(outcome="cancelled") >= 2
+    assert new(outcome="cancelled") >= 1
     assert new(outcome="finished", reason="length") >= 6
 
 
@@ -218,7 +239,8 @@ def test_each_request_has_its_line_and_no_prompt_is_in_it(after, log):
     assert {"queue_full", "queue_timeout", "cancelled"} <= {line["reason"] for line in lines}
 
 
-def test_the_live_view_shows_it(after, operated, capsys):
+def test_the_live_view_shows_it(after, operated, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
     assert top.main(["--url", operated.metrics_url, "--once", "--interval", "0.1"]) == 0
     text = capsys.readouterr().out
     assert "0 of 2 run, 0 wait" in text and "base" in text and "device 1 of 1" in text

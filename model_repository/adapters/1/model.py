@@ -15,7 +15,7 @@ from jaxlora.errors import AdapterInvalid
 from jaxlora.peft import Limits
 from jaxlora.service.metrics import Registry
 from server import backend
-from server.exporter import Exporter
+from server.metrics_channel import Sender
 
 
 class TritonPythonModel:
@@ -32,15 +32,17 @@ class TritonPythonModel:
         registry = Registry()
         registry.add("lora_publishes_total", "accepted", amount=len(report.added))
         registry.add("lora_publishes_total", "refused", amount=len(report.rejected))
-        # Kept as long as this instance, which shares the counters with the one before and the next.
-        self._exporter = Exporter(registry)
-        self._exporter.sync()
+        self._metrics = Sender(registry)
         if report.rejected and not report.first:
+            self._metrics.close()
             raise AdapterInvalid(report.problems())
         self._catalogue = CatalogueReader(catalogue)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
+
+    def finalize(self) -> None:
+        self._metrics.close()
 
     def _answer(self, request: Any) -> Any:
         try:

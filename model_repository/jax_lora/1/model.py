@@ -13,7 +13,7 @@ from jaxlora.service.plan import Plan
 from jaxlora.service.request_log import RequestLog
 from jaxlora.service.service import LoraService
 from server import backend
-from server.exporter import ExporterThread
+from server.metrics_channel import Sender as MetricsSender
 
 
 class TritonPythonModel:
@@ -23,7 +23,7 @@ class TritonPythonModel:
         store = pathlib.Path(args["model_repository"]).parent / "adapters"
         self.service = LoraService(self.settings, store, backend.progress, log=RequestLog(self.settings.request_log))
         self.sender, self.watcher = Sender(), Watcher()
-        self.metrics = ExporterThread(self.service.observer.registry, self.service.state.record)
+        self.metrics = MetricsSender(self.service.observer.registry, self.service.state.record)
 
     def execute(self, requests: list[Any]) -> None:
         """Hands each request to the engine and returns at once: the answers come from the sender's thread."""

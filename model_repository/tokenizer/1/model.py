@@ -17,7 +17,7 @@ from jaxlora.service.refusals import Refusals
 from jaxlora.service.request_log import RequestLog
 from jaxlora.text import Tokenizer
 from server import backend
-from server.exporter import Exporter
+from server.metrics_channel import Sender
 
 PADDING = -1
 
@@ -29,13 +29,14 @@ class TritonPythonModel:
         self.tokenizer = Tokenizer.from_folder(resolve(self.settings.model, self.settings.cache_dir, backend.progress))
         registry = Registry()
         self.log = RequestLog(self.settings.request_log)
-        self.refusals, self.exporter = Refusals(registry, self.log), Exporter(registry)
+        self.refusals, self.metrics = Refusals(registry, self.log), Sender(registry)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
 
     def finalize(self) -> None:
         self.log.close()
+        self.metrics.close()
 
     def _answer(self, request: Any) -> Any:
         try:
@@ -43,7 +44,6 @@ class TritonPythonModel:
             rows = [prompt_ids(self.tokenizer, merge_fields(row, parameters, self.settings)) for row in backend.rows(request)]
         except Exception as error:
             self.refusals.record(error, request.request_id())
-            self.exporter.sync()
             return backend.error_response(error)
         ids = np.full((len(rows), max(map(len, rows))), PADDING, np.int32)
         for row, values in enumerate(rows):
