@@ -53,7 +53,7 @@ def test_requests_whose_lists_differ_in_length_can_come_together(model):
 
 def test_only_the_model_that_streams_is_decoupled():
     decoupled = {model: config(model).model_transaction_policy.decoupled for model in repository.MODELS}
-    assert decoupled == {"adapters": False, "tokenizer": False, "jax_lora": True, "llm": False}
+    assert decoupled == {model: model == "jax_lora" for model in repository.MODELS}
 
 
 def test_every_parameter_is_a_setting():

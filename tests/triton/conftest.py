@@ -16,12 +16,12 @@ ADAPTERS = tuple(f"{user}/{kind}" for user in ("alice", "bob") for kind in KINDS
 ADMIN_KEY = "key-of-the-tests-0123456789"
 SETTINGS = {
     "max_slots": 8,
-    "max_seq_len": 2048,
+    "max_seq_len": 16_384,  # room for answers that take seconds, of which a test wants to see the middle
     "prefill_chunk": 32,
     "lora_slots": 4,  # fewer than there are adapters, so that they are evicted
     "max_lora_rank": 16,
-    "max_prompt_bytes": 10_000,
-    "max_output_tokens": 2000,
+    "max_prompt_bytes": 40_000,
+    "max_output_tokens": 16_000,
     "default_max_tokens": 16,
     "max_queue": 64,
 }
@@ -32,7 +32,7 @@ def tiny_model(tmp_path_factory) -> pathlib.Path:
     """A random Llama of 256 tokens, one for each byte; long answers fit into it."""
     folder = write_byte_tokenizer(checkpoints.write_checkpoint(tmp_path_factory.mktemp("model") / "tiny", "llama"))
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16_384}))
     return folder
 
 

@@ -32,8 +32,8 @@ OVER_HTTP = {
         f"text_input: the prompt has {MAX_LENGTH} tokens, over the limit of {MAX_LENGTH - 1} (MAX_SEQ_LEN - 1)",
     ),
     "prompt and answer over the limit": (
-        {"text_input": "x" * 100, "max_tokens": MAX_LENGTH - 99},
-        f"max_tokens: {MAX_LENGTH - 99} with a prompt of 100 tokens is over the limit of {MAX_LENGTH} (MAX_SEQ_LEN)",
+        {"text_input": "x" * 500, "max_tokens": MAX_LENGTH - 499},
+        f"max_tokens: {MAX_LENGTH - 499} with a prompt of 500 tokens is over the limit of {MAX_LENGTH} (MAX_SEQ_LEN)",
     ),
     "no tokens": ({"text_input": "x", "max_tokens": 0}, f"max_tokens: 0 is not between 1 and {MAX_TOKENS}"),
     "negative tokens": ({"text_input": "x", "max_tokens": -5}, "max_tokens: -5 is not between 1 and"),
@@ -174,7 +174,7 @@ def test_a_full_queue_refuses_and_says_its_limit(server):
 
     def ask(number: int):
         try:
-            stream = http.stream("jax_lora", text_input=f"{number}", max_tokens=2000, stream=True)
+            stream = http.stream("jax_lora", text_input=f"{number}", max_tokens=MAX_TOKENS, stream=True)
             next(stream)
             stream.close()
         except Refused as refused:
@@ -188,7 +188,7 @@ def test_a_full_queue_refuses_and_says_its_limit(server):
 
 
 def test_a_request_that_waits_longer_than_it_may_is_refused(server):
-    streams = [Http(server).stream("jax_lora", text_input="x", max_tokens=2000, stream=True) for _ in range(SETTINGS["max_slots"])]
+    streams = [Http(server).stream("jax_lora", text_input="x", max_tokens=MAX_TOKENS, stream=True) for _ in range(SETTINGS["max_slots"])]
     for stream in streams:
         next(stream)
     with pytest.raises(Refused, match="UNAVAILABLE: .*0.05 s"):
