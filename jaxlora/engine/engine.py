@@ -212,10 +212,11 @@ class Engine:
         if not running:
             return
         size = next(size for size in self._program.batch_sizes if size >= len(running))
-        batch = decode_batch(running, size, self._program.config.vocab_size, self._by_slot)
+        rows = row_numbers(running, self._by_slot)
+        batch = decode_batch(running, rows, size, self._program.config.vocab_size)
         sampled = self._program.run(batch)
         self.steps += 1
-        for sequence, row in zip(running, row_numbers(running, self._by_slot)):
+        for sequence, row in zip(running, rows, strict=True):
             sequence.written += 1
             self._emit(sequence, sampled, row)
 

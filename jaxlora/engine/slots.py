@@ -4,8 +4,6 @@ import dataclasses
 import math
 import threading
 
-import numpy as np
-
 from jaxlora.engine.program import Batch, idle_batch
 from jaxlora.engine.requests import MAX_BANNED, Request, Result, Timings, Token
 from jaxlora.engine.sampling import Sampled
@@ -63,11 +61,10 @@ def prefill_batch(sequence: Sequence, chunk: int, vocab: int) -> Batch:
     return batch
 
 
-def decode_batch(sequences: list[Sequence], size: int, vocab: int, by_slot: bool) -> Batch:
-    """One token of each sequence, in `size` rows. `by_slot`: row b is slot b, as a backend with one batch size wants it."""
+def decode_batch(sequences: list[Sequence], rows: list[int], size: int, vocab: int) -> Batch:
+    """One token of each sequence, in its row of `size` rows."""
     batch = idle_batch(size, 1, vocab)
-    for index, sequence in enumerate(sequences):
-        row = sequence.slot if by_slot else index
+    for sequence, row in zip(sequences, rows, strict=True):
         batch.tokens[row, 0] = sequence.answer[-1]
         _fill(batch, row, sequence, 1)
         batch.emit[row] = True
@@ -97,6 +94,6 @@ def token_of(sampled: Sampled, row: int, params_logprobs: int | None) -> Token:
     return Token(id, float(sampled.logprobs[row]), tuple(top))
 
 
-def row_numbers(sequences: list[Sequence], by_slot: bool) -> np.ndarray:
-    """The row of each sequence in a decode batch."""
-    return np.array([sequence.slot if by_slot else index for index, sequence in enumerate(sequences)])
+def row_numbers(sequences: list[Sequence], by_slot: bool) -> list[int]:
+    """The row of each sequence in a decode batch. `by_slot`: row b is slot b, as a backend with one batch size wants it."""
+    return [sequence.slot if by_slot else index for index, sequence in enumerate(sequences)]
