@@ -86,12 +86,16 @@ def test_a_server_that_dies_is_told_and_is_a_failure(command):
         ({"MAX_SLOTS": "many", "DTYPE": "int8"}, ["error: DTYPE: 'int8' is none of float32, bfloat16", "error: MAX_SLOTS: 'many' is not a whole number"]),
         ({"HTTP_PORT": "70000"}, ["error: HTTP_PORT: 70000 is not between 1 and 65535"]),
         ({"MODEL": "no such model"}, ["error: MODEL: there is no folder 'no such model'"]),
-        ({"MAX_SEQ_LEN": "5000"}, ["error: MAX_SEQ_LEN: 5000 is over the 4096 positions of the base model"]),
+        ({"MAX_SEQ_LEN": "20000"}, ["error: MAX_SEQ_LEN: 20000 is over the 16384 positions of the base model"]),
         ({"MAX_SLOTS": "1024", "MAX_SEQ_LEN": "4096", "LORA_SLOTS": "4096", "MAX_LORA_RANK": "1024"}, ["error: MAX_SLOTS, MAX_SEQ_LEN"]),
     ],
 )
 def test_a_wrong_setting_is_one_line_before_anything_is_loaded(environment, wrong, told):
-    out, err = start(environment | wrong).communicate(timeout=60)
+    process = start(environment | wrong)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.terminate()
     lines = sorted(err.splitlines())
     assert len(lines) == len(told) and all(line.startswith(start) for line, start in zip(lines, told, strict=True)), err
     assert "load" not in out
