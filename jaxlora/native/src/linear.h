@@ -16,6 +16,7 @@ struct F32 {
   using X = float;
   using W = float;
   static constexpr int kDepth = 1;  // values of X that one step takes
+  static constexpr int kRows = kTileRows;
   template <int R>
   static INLINE void step(const X* x, int64_t stride, const W* w, Vec (&acc)[R][2]) {
     multiply_add(x, stride, load(w), load(w + kWidth), acc);
@@ -29,6 +30,7 @@ struct WideBf16 {
   using X = float;
   using W = uint32_t;
   static constexpr int kDepth = 2;
+  static constexpr int kRows = kTileRows - kTileRows / 14;  // the mask of the odd values takes the last of AVX-512's registers
   template <int R>
   static INLINE void step(const X* x, int64_t stride, const W* w, Vec (&acc)[R][2]) {
     multiply_add(x, stride, even_bf16(w), even_bf16(w + kWidth), acc);
@@ -47,6 +49,7 @@ struct PairsBf16 {
   using X = uint32_t;
   using W = uint32_t;
   static constexpr int kDepth = 1;
+  static constexpr int kRows = kTileRows;
   template <int R>
   static INLINE void step(const X* x, int64_t stride, const W* w, Vec (&acc)[R][2]) {
     __m512bh w0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w)),
@@ -117,12 +120,12 @@ INLINE void linear(const Linear& a, int64_t k, int64_t begin, int64_t end) {
     const int64_t rows = a.m - row_begin < kRowBlock ? a.m - row_begin : kRowBlock;
     const int64_t columns = a.n - panel * kPanel < kPanel ? a.n - panel * kPanel : kPanel;
     const auto* w = static_cast<const typename Step::W*>(a.w) + panel * steps * kPanel;
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    const int64_t tiles = (rows + Step::kRows - 1) / Step::kRows;
     const int64_t next_step = kPanel * 4 / tiles;  // each tile fetches its share of the next panel
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t row = row_begin + rows * i / tiles, after = row_begin + rows * (i + 1) / tiles;
-      tile_of<Step, kTileRows>(static_cast<int>(after - row), static_cast<const typename Step::X*>(a.x) + row * k, w,
-                               a.y + row * a.n + panel * kPanel, k, a.n, static_cast<int>(columns),
+      tile_of<Step, Step::kRows>(static_cast<int>(after - row), static_cast<const typename Step::X*>(a.x) + row * k, w,
+                                 a.y + row * a.n + panel * kPanel, k, a.n, static_cast<int>(columns),
                                reinterpret_cast<const char*>(w + steps * kPanel) + i * steps * next_step, next_step);
     }
   }
