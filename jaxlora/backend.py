@@ -27,6 +27,8 @@ class Backend(Protocol):
     packing: Packing
     name: str
     compiler_options: dict[str, bool]
+    cut_invariant: bool
+    """Whether keys and values come out the same bit for bit however a sequence is cut into steps."""
 
     def batch_sizes(self, slots: int) -> tuple[int, ...]:
         """The numbers of rows that a decode step may have, ascending; the last is `slots`."""
@@ -55,6 +57,7 @@ class XlaBackend:
 
     packing = PlainPacking()
     name = "xla"
+    cut_invariant = False
 
     @property
     def compiler_options(self) -> dict[str, bool]:
@@ -118,6 +121,7 @@ class NativeBackend:
     kernels: native.Kernels
     packing = NativePacking()
     compiler_options = {}
+    cut_invariant = True
 
     @property
     def name(self) -> str:

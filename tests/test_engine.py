@@ -9,7 +9,7 @@ import pytest
 from jaxlora import peft, weights
 from jaxlora.backend import Backend, NativeBackend, XlaBackend
 from jaxlora.config import ModelConfig
-from jaxlora.engine import Engine, Program, Request, SamplingParams, Sizes
+from jaxlora.engine import Engine, Limits, Program, Request, SamplingParams, Sizes
 from jaxlora.native import load
 from jaxlora.settings import Settings
 from tests.parity import checkpoints
@@ -52,11 +52,11 @@ def start(backend, folder):
         found.set_result(adapters[name])
         return found
 
-    def make(sizes=SIZES, dtype="float32"):
+    def make(sizes=SIZES, dtype="float32", limits=Limits()):
         loaded = weights.load(folder / "base", config, dtype, packing=backend.packing)
         program = Program(config, loaded, backend, sizes, dtype)
         program.warm_up()
-        engine = Engine(program, read)
+        engine = Engine(program, read, limits)
         started.append(engine)
         return engine, program
 
@@ -156,3 +156,20 @@ def test_a_seed_reproduces_and_another_differs(running):
 
     assert ask(1) == ask(1) != ask(2)
     assert ask((1 << 63) + 1) != ask(1), "all 64 bits of a seed count"
+
+
+@pytest.mark.parametrize("adapter", [None, NAMES[0]])
+def test_a_prompt_that_begins_as_another_did_is_answered_as_if_it_were_the_first(start, running, adapter):
+    rng = np.random.default_rng(8)
+    prefix, *rests = (tuple(int(token) for token in rng.integers(0, checkpoints.VOCABULARY, size)) for size in (64, 9, 20, 1))
+    penalised = SamplingParams(max_tokens=8, temperature=0.8, seed=3, repetition_penalty=1.3, presence_penalty=0.5, logprobs=3)
+    prompts = [prefix + rest for rest in rests]
+    asks = [Request(prompt, params, None, adapter) for params in (SamplingParams(max_tokens=12, logprobs=3), penalised) for prompt in prompts]
+    cold_engine, _ = start(limits=Limits(prefix_cache=False))
+    cold = [asked(cold_engine, request).tokens() for request in asks]
+    assert cold_engine.load()["prompt_tokens_reused"] == 0
+    before = running[0].load()["prompt_tokens_reused"]
+    assert [asked(running[0], request).tokens() for request in asks] == cold
+    assert running[0].load()["prompt_tokens_reused"] >= before + 5 * 64
+    sinks = [asked(running[0], request) for request in asks]
+    assert [sink.tokens() for sink in sinks] == cold, "from the cache of a slot that is in use"

@@ -23,7 +23,8 @@ class Counting:
         self.batch_sizes, self.chunk_lengths = batch_sizes, (4, chunk)
         self.config = type("Config", (), {"vocab_size": VOCAB})
         self.layout = type("Layout", (), {"size": 1, "pack": lambda self, modules, out: None})()
-        self.steps, self.placed = [], []
+        self.cut_invariant = True
+        self.steps, self.placed, self.copies = [], [], []
         self.gate = threading.Event()
         self.gate.set()
         self.broken = None
@@ -44,6 +45,9 @@ class Counting:
 
     def put_adapter(self, slot, vector, rank):
         self.placed.append(slot)
+
+    def reuse(self, source, slot, tokens, record):
+        self.copies.append((source, slot, len(tokens)))
 
     def compiled(self):
         return 0
@@ -191,11 +195,38 @@ def test_who_waits_gets_a_slot_when_all_running_rows_end_in_the_same_step(reader
     program = Counting(slots=2)
     program.gate.clear()
     engine = Engine(program, readers)
-    # The first one is a token ahead, as one prompt is prefilled between two decode steps.
+    # The first one is a token ahead, as the second came while it was prefilled.
     answers = [submit(engine, max_tokens=count) for count in (6, 5, 2)]
     program.gate.set()
     assert [len(answer.wait().tokens) for answer in answers] == [6, 5, 2]
     engine.stop()
+
+
+def test_between_two_decode_steps_prompts_get_one_chunk_of_tokens(engine, program):
+    program.gate.clear()
+    answers = [submit(engine, (1, 2, 3), max_tokens=9)]
+    until(lambda: engine.load()["running"] == 1)
+    answers += [submit(engine, tuple(range(length)), max_tokens=9) for length in (3, 4, 11)]
+    program.gate.set()
+    assert all(answer.wait().error is None for answer in answers)
+    shapes = [shape for shape, _, _ in program.steps]
+    assert shapes[:8] == [(1, 4), (1, 1), (1, 4), (1, 4), (4, 1), (1, 8), (4, 1), (1, 4)], "3, then 3 and 4, then 8 of 11, then 3"
+
+
+def test_a_prompt_that_begins_as_another_did_is_copied_or_goes_on_in_place(engine, program):
+    program.hold_after = 2
+    first = submit(engine, tuple(range(20)), max_tokens=9)
+    until(lambda: not program.gate.is_set())
+    program.hold_after = None
+    other = submit(engine, (*range(18), 7), max_tokens=9)
+    until(lambda: engine.load()["running"] + engine.load()["waiting"] == 2)
+    program.gate.set()
+    assert first.wait().result.cached_tokens == 0
+    assert other.wait().result.cached_tokens == 18 and other.tokens[0] == 8
+    again = submit(engine, (*range(28), 7), max_tokens=9).wait()
+    assert again.result.cached_tokens == 28 and again.tokens[0] == 8
+    assert [copy for copy in program.copies if copy[2]] == [(0, 1, 18), (0, 0, 28)]
+    assert engine.load()["prompt_tokens_reused"] == 46
 
 
 def test_a_full_queue_refuses_with_the_limit(engine, program):

@@ -1,7 +1,7 @@
 """The scheduler: admits requests to slots, prefills them chunk by chunk, and decodes all running rows together.
 
-One thread owns the device. Between two decode steps at most one prefill chunk runs, so a long prompt never stalls the others for longer
-than one chunk. Requests are admitted in order of arrival, but one that waits for its adapter does not hold back those behind it.
+One thread owns the device. Between two decode steps prompts get as much time as one full prefill chunk takes, so they never stall the
+others for longer. Requests are admitted in order of arrival, but one that waits for its adapter does not hold back those behind it.
 """
 
 import collections
@@ -12,6 +12,9 @@ import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 
+import numpy as np
+
+from jaxlora.engine.prefixes import Prefixes
 from jaxlora.engine.program import Program
 from jaxlora.engine.requests import Request
 from jaxlora.engine.residency import HostAdapter, Residency
@@ -23,10 +26,11 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How many requests may wait for a slot, and for how long, in seconds."""
+    """How many requests may wait for a slot, and for how long, in seconds; whether prompts that begin alike share what was computed."""
 
     max_queue: int = 256
     queue_timeout_s: float = 120.0
+    prefix_cache: bool = True
 
 
 class Handle:
@@ -66,8 +70,9 @@ class Engine:
         self._slots: list[Sequence | None] = [None] * program.sizes.slots
         self._stopping = False
         self._error: Exception | None = None
+        self._prefixes = _prefixes(program, limits)
         self._by_slot = len(program.batch_sizes) == 1
-        self.steps = 0
+        self.steps = self.reused = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -103,6 +108,7 @@ class Engine:
             "waiting": waiting, "running": len(running), "slots": len(self._slots), "steps": self.steps,
             "kv_tokens": sum(sequence.written for sequence in running),
             "adapters_resident": len(self._residency.resident()), "adapters_placed": self._residency.placed, "compiled": self._program.compiled(),
+            "prompt_tokens_reused": self.reused,
         }
 
     def adapters(self) -> list[Hashable]:
@@ -189,23 +195,37 @@ class Engine:
             if bank_slot is None:
                 continue
             self._waiting.remove(sequence)
-            sequence.slot, sequence.bank_slot = self._slots.index(None), bank_slot
+            sequence.bank_slot = bank_slot
+            self._place(sequence)
             sequence.started = time.monotonic()
-            self._slots[sequence.slot] = sequence
             self._tell(sequence.request.started)
 
+    def _place(self, sequence: Sequence) -> None:
+        """Gives a sequence a slot, and what is known of its prompt already."""
+        request = sequence.request
+        place = self._prefixes.place(request.adapter, request.prompt, [slot for slot, user in enumerate(self._slots) if user is None])
+        self._prefixes.forget(place.slot)
+        self._program.reuse(place.source, place.slot, np.asarray(request.prompt[: place.length], np.int32), request.params.penalised)
+        sequence.slot, sequence.written, sequence.cached = place.slot, place.length, place.length
+        self._slots[place.slot] = sequence
+        self.reused += place.length
+
     def _prefill(self) -> None:
-        prefilling = [sequence for sequence in self._slots if sequence is not None and sequence.prefilling]
-        if not prefilling:
-            return
-        sequence = min(prefilling, key=lambda sequence: sequence.started)
-        left = len(sequence.request.prompt) - sequence.written
-        chunk = next((length for length in self._program.chunk_lengths if length >= left), self._program.sizes.prefill_chunk)
-        batch = prefill_batch(sequence, chunk, self._program.config.vocab_size)
-        sampled = self._program.run(batch)
-        sequence.written += int(batch.lengths[0])
-        if not sequence.prefilling:
-            self._emit(sequence, sampled, 0)
+        """Prompt tokens for the time that one full chunk takes: the next part of one long prompt, or several short ones."""
+        room = self._program.sizes.prefill_chunk
+        while prefilling := [sequence for sequence in self._slots if sequence is not None and sequence.prefilling]:
+            sequence = min(prefilling, key=lambda sequence: sequence.started)
+            left = len(sequence.request.prompt) - sequence.written
+            chunk = next((length for length in self._program.chunk_lengths if length >= left), self._program.sizes.prefill_chunk)
+            if chunk > room:
+                return
+            room -= chunk
+            batch = prefill_batch(sequence, chunk, self._program.config.vocab_size)
+            sampled = self._program.run(batch)
+            sequence.written += int(batch.lengths[0])
+            if not sequence.prefilling:
+                self._prefixes.hold(sequence)
+                self._emit(sequence, sampled, 0)
 
     def _decode(self) -> None:
         running = [sequence for sequence in self._slots if sequence is not None and not sequence.prefilling]
@@ -247,14 +267,18 @@ class Engine:
             self._tell(lambda: sequence.request.sink.finish(sequence.result(reason, now)))
 
     def _end(self, sequence: Sequence, error: ServingError) -> None:
-        self._leave(sequence)
+        self._leave(sequence, intact=not isinstance(error, EngineError))
         self._fail(sequence, error)
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: Sequence, intact: bool = True) -> None:
         if sequence in self._waiting:
             self._waiting.remove(sequence)
         if sequence.slot >= 0 and self._slots[sequence.slot] is sequence:
             self._slots[sequence.slot] = None
+            if intact:
+                self._prefixes.hold(sequence)
+            else:
+                self._prefixes.forget(sequence.slot)
             # Without it, those who wait would sleep on if all running rows end in the same step.
             self._woken = True
             if sequence.request.adapter is not None:
@@ -269,6 +293,14 @@ class Engine:
             call()
         except Exception:
             log.exception("a sink raised")
+
+
+def _prefixes(program: Program, limits: Limits) -> Prefixes:
+    if not limits.prefix_cache:
+        return Prefixes(program.sizes.slots, unit=program.sizes.max_seq_len)
+    # What differs in its bits by how a sequence was cut into steps may be reused only where it would have been cut the same.
+    invariant = program.cut_invariant
+    return Prefixes(program.sizes.slots, unit=1 if invariant else program.sizes.prefill_chunk, answers=invariant)
 
 
 def _timeout_message(sequence: Sequence, limits: Limits, now: float) -> str:

@@ -70,6 +70,9 @@ class Program:
             KVCache.empty(config, sizes.slots, sizes.max_seq_len, sizes.prefill_chunk, dtype), History.empty(sizes.slots, config.vocab_size)
         )
         self._step = jax.jit(self._trace, donate_argnames="state", static_argnames="every_slot", compiler_options=backend.compiler_options or None)
+        self._copy = jax.jit(_copy_positions, donate_argnames="state", static_argnames="length")
+        self._record = jax.jit(_record_prompt, donate_argnames="state")
+        self.cut_invariant = backend.cut_invariant
         self.batch_sizes = backend.batch_sizes(sizes.slots)
         self.chunk_lengths = backend.chunk_lengths(sizes.prefill_chunk)
 
@@ -86,6 +89,22 @@ class Program:
         """Places an adapter, packed by `layout`, into a slot of the bank."""
         self.bank = lora.put(self.bank, np.int32(slot), vector, np.int32(rank))
 
+    def reuse(self, source: int, slot: int, tokens: np.ndarray, record: bool) -> None:
+        """Makes a slot's cache begin with what another one's (or its own) begins with: the keys and values of `tokens`, int32 `[n]`.
+
+        Arguments:
+            record: the penalties of the sequence need to know the tokens.
+        """
+        chunk = self.sizes.prefill_chunk
+        for start in range(0, len(tokens), chunk):
+            if source != slot:
+                self._state = self._copy(self._state, np.int32(source), np.int32(slot), np.int32(start), length=chunk)
+            if record:
+                part = np.zeros((1, chunk), np.int32)
+                length = min(chunk, len(tokens) - start)
+                part[0, :length] = tokens[start : start + length]
+                self._state = self._record(self._state, np.int32([slot]), part, np.int32([start]), np.int32([length]))
+
     def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
         """Compiles every step. Rows are idle, so the state stays empty."""
         shapes = [*((1, length) for length in self.chunk_lengths), *((rows, 1) for rows in self.batch_sizes)]
@@ -93,11 +112,12 @@ class Program:
             progress(f"compiling {f'prefill x {length}' if length > 1 else f'decode x {rows}'} ({index + 1}/{len(shapes)})")
             self.run(idle_batch(rows, length, self.config.vocab_size))
         self.put_adapter(0, np.zeros(self.layout.size, np.float32), 0)
+        self.reuse(self.sizes.slots - 1, 0, np.zeros(1, np.int32), record=True)
         jax.block_until_ready(self.bank)
 
     def compiled(self) -> int:
         """How many programs have been compiled; constant after `warm_up`."""
-        return self._step._cache_size() + lora.put._cache_size()
+        return sum(jitted._cache_size() for jitted in (self._step, self._copy, self._record, lora.put))
 
     def _trace(
         self, weights: Weights, bank: Bank, state: State, tokens: Array, slots: Array, starts: Array, lengths: Array, adapters: Array,
@@ -121,6 +141,20 @@ class Program:
         sampled = sampling.sample(logits, sampler, starts + lengths, history, slots, self.backend.argmax_logsumexp)
         history = sampling.record_answer(history, slots, sampled.tokens, emit)
         return State(KVCache(tuple(keys), tuple(values)), history), sampled
+
+
+def _copy_positions(state: State, source: Array, slot: Array, start: Array, *, length: int) -> State:
+    """The state with positions `[start, start + length)` of one slot's keys and values copied to another slot."""
+
+    def copied(cache: Array) -> Array:
+        part = jax.lax.dynamic_slice(cache, (source, 0, start, 0), (1, cache.shape[1], length, cache.shape[3]))
+        return jax.lax.dynamic_update_slice(cache, part, (slot, 0, start, 0))
+
+    return State(jax.tree.map(copied, state.cache), state.history)
+
+
+def _record_prompt(state: State, slots: Array, tokens: Array, starts: Array, lengths: Array) -> State:
+    return State(state.cache, sampling.record_prompt(state.history, slots, tokens, starts, lengths))
 
 
 def idle_batch(rows: int, length: int, vocab: int) -> Batch:

@@ -33,6 +33,11 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
 
+    @property
+    def penalised(self) -> bool:
+        """Whether the choice depends on which tokens came before."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Token:
@@ -55,7 +60,8 @@ class Timings:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The end of an answer: `reason` is `stop` or `length`. `completion_tokens` counts a stop token too, though it isn't handed out."""
+    """The end of an answer: `reason` is `stop` or `length`. `completion_tokens` counts a stop token too, though it isn't handed out;
+    `cached_tokens` of the prompt did not have to be computed."""
 
     reason: str
     prompt_tokens: int

@@ -11,7 +11,8 @@ from jaxlora.engine.sampling import Sampled
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """One request inside the engine. `written` counts the tokens whose keys and values are in the cache."""
+    """One request inside the engine. `written` counts the tokens whose keys and values are in the cache, `cached` those that
+    were there before it came."""
 
     request: Request
     submitted: float
@@ -21,6 +22,7 @@ class Sequence:
     slot: int = -1
     bank_slot: int = -1
     written: int = 0
+    cached: int = 0
     answer: list[int] = dataclasses.field(default_factory=list)
 
     @property
@@ -48,7 +50,7 @@ class Sequence:
     def result(self, reason: str, now: float) -> Result:
         """The end of its answer."""
         timings = Timings(self.submitted, self.started, self.first_token, now)
-        return Result(reason, len(self.request.prompt), len(self.answer), 0, timings)
+        return Result(reason, len(self.request.prompt), len(self.answer), self.cached, timings)
 
 
 def prefill_batch(sequence: Sequence, chunk: int, vocab: int) -> Batch:

@@ -78,7 +78,8 @@ class LoraService:
         describe_prompt = self.tokenizer.decode if settings.log_prompts else None
         self.observer = Observer(Registry(), log or RequestLog(), settings.metrics_adapters, describe_prompt)
         self._host = HostCache(settings.adapter_host_cache_bytes, self._read)
-        self.engine = Engine(program, self._fetch, Limits(settings.max_queue, settings.queue_timeout_s), self._placed)
+        limits = Limits(settings.max_queue, settings.queue_timeout_s, bool(settings.prefix_cache))
+        self.engine = Engine(program, self._fetch, limits, self._placed)
         self.state = StateRecorder(settings, self.observer, self.engine, self._host, self._catalogue)
 
     def submit(

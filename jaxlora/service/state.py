@@ -49,6 +49,7 @@ class StateRecorder:
         set("lora_kv_cache_usage_ratio", value=load["kv_tokens"] / self._capacity)
         set("lora_engine_up", value=float(self._engine.healthy))
         set("lora_engine_steps_total", value=load["steps"])
+        set("lora_prompt_tokens_reused_total", value=load["prompt_tokens_reused"])
         set("lora_compiled_programs", value=load["compiled"])
         set("lora_adapters_resident", "device", value=load["adapters_resident"])
         set("lora_adapter_loads_total", "device", value=load["adapters_placed"])
