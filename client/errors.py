@@ -75,10 +75,9 @@ def _of_code(code: str, message: str) -> ServingError | None:
     if code == InvalidRequest.code:
         return InvalidRequest(_problems(message))
     if code == Unavailable.code:
-        if _TIMEOUT.match(message):
-            return RequestTimeout(message)
+        known = RequestTimeout if _TIMEOUT.match(message) else Unavailable
         retry = _RETRY.fullmatch(message)
-        return Unavailable(retry[1], float(retry[2])) if retry else Unavailable(message)
+        return known(retry[1], float(retry[2])) if retry else known(message)
     for known in (AdapterNotFound, Cancelled, EngineError):
         if code == known.code:
             return known(message)

@@ -42,7 +42,7 @@ class AdapterInvalid(ServingError):
 
 
 class Unavailable(ServingError):
-    """Refused for now: a queue is full or the server is shutting down. `retry_after_s` is a hint in seconds."""
+    """Refused for now: a limit is reached or the server is shutting down. `retry_after_s` is a hint in seconds."""
 
     code = "UNAVAILABLE"
     reason = "unavailable"
@@ -52,11 +52,11 @@ class Unavailable(ServingError):
         super().__init__(message if retry_after_s is None else f"{message}; try again in {retry_after_s:g} s")
 
 
-class RequestTimeout(ServingError):
-    """A request passed its time-out, in the queue or during generation."""
+class RequestTimeout(Unavailable):
+    """A request passed its time-out, in the queue or during generation. In the queue `retry_after_s` is how long it takes now."""
 
-    code = "UNAVAILABLE"
-    reason = "timeout"
+    def __init__(self, message: str, retry_after_s: float | None = None):
+        super().__init__(message, retry_after_s, "timeout")
 
 
 class Cancelled(ServingError):

@@ -210,7 +210,7 @@ def test_between_two_decode_steps_prompts_get_one_chunk_of_tokens(engine, progra
     program.gate.set()
     assert all(answer.wait().error is None for answer in answers)
     shapes = [shape for shape, _, _ in program.steps]
-    assert shapes[:8] == [(1, 4), (1, 1), (1, 4), (1, 4), (4, 1), (1, 8), (4, 1), (1, 4)], "3, then 3 and 4, then 8 of 11, then 3"
+    assert shapes[:8] == [(1, 4), (1, 4), (2, 1), (1, 4), (4, 1), (1, 8), (4, 1), (1, 4)], "3 and 3, then 4, then 8 of 11, then 3"
 
 
 def test_a_prompt_that_begins_as_another_did_is_copied_or_goes_on_in_place(engine, program):

@@ -1,11 +1,10 @@
 """The scheduler: admits requests to slots, prefills them chunk by chunk, and decodes all running rows together.
 
 One thread owns the device. Between two decode steps prompts get as much time as one full prefill chunk takes, so they never stall the
-others for longer. Requests are admitted in order of arrival, but one that waits for its adapter does not hold back those behind it.
+others for longer. Who gets a slot, and whose prompt is read on, is for the `FairQueue` to say; a request that waits for its adapter does
+not hold back those behind it.
 """
 
-import collections
-import dataclasses
 import logging
 import threading
 import time
@@ -14,6 +13,8 @@ from concurrent.futures import Future
 
 import numpy as np
 
+from jaxlora.engine.fair_queue import FairQueue
+from jaxlora.engine.limits import Limits
 from jaxlora.engine.prefixes import Prefixes
 from jaxlora.engine.program import Program
 from jaxlora.engine.requests import Request
@@ -22,15 +23,6 @@ from jaxlora.engine.slots import Sequence, decode_batch, prefill_batch, row_numb
 from jaxlora.errors import Cancelled, EngineError, RequestTimeout, ServingError, Unavailable
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """How many requests may wait for a slot, and for how long, in seconds; whether prompts that begin alike share what was computed."""
-
-    max_queue: int = 256
-    queue_timeout_s: float = 120.0
-    prefix_cache: bool = True
 
 
 class Handle:
@@ -65,8 +57,7 @@ class Engine:
         self._residency = Residency(program, read_adapter, self._wake, placed)
         self._wakeup = threading.Condition()
         self._woken = False
-        self._arrived: collections.deque[Sequence] = collections.deque()
-        self._waiting: list[Sequence] = []
+        self._queue = FairQueue(program.sizes.slots, program.sizes.max_seq_len, limits)
         self._slots: list[Sequence | None] = [None] * program.sizes.slots
         self._stopping = False
         self._error: Exception | None = None
@@ -80,15 +71,12 @@ class Engine:
         """Queues a request. Its sink hears of everything that follows.
 
         Raises:
-            Unavailable: the queue is full, or the engine has stopped.
+            Unavailable: a limit is reached, or the engine has stopped.
         """
         sequence = Sequence(request, time.monotonic())
         with self._wakeup:
             self._check_open()
-            # Those that the free slots will take at once don't wait.
-            if self._queue_length() - self._slots.count(None) >= self._limits.max_queue:
-                raise Unavailable(f"the queue is full: {self._limits.max_queue} requests wait for a slot (MAX_QUEUE)", 1, "queue_full")
-            self._arrived.append(sequence)
+            self._queue.add(sequence)
             self._woken = True
             self._wakeup.notify()
         return Handle(sequence, self._wake)
@@ -103,7 +91,7 @@ class Engine:
         on the device, and counters since the start."""
         running = [sequence for sequence in list(self._slots) if sequence is not None]
         with self._wakeup:
-            waiting = self._queue_length()
+            waiting = len(self._queue)
         return {
             "waiting": waiting, "running": len(running), "slots": len(self._slots), "steps": self.steps,
             "kv_tokens": sum(sequence.written for sequence in running),
@@ -123,9 +111,6 @@ class Engine:
         self._thread.join()
         self._residency.close()
 
-    def _queue_length(self) -> int:
-        return len(self._arrived) + len(self._waiting)
-
     def _check_open(self) -> None:
         if self._error is not None:
             raise Unavailable(f"the engine has stopped: {self._error}", reason="engine_stopped")
@@ -140,9 +125,8 @@ class Engine:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._collect()
+                self._rest()
                 self._drop_ended()
-                self._admit()
                 self._prefill()
                 self._decode()
         except Exception as error:  # whatever it is, nobody may be left waiting
@@ -150,55 +134,57 @@ class Engine:
             self._error = error
         with self._wakeup:
             self._stopping = True
-            left = [*self._arrived, *self._waiting, *filter(None, self._slots)]
-            self._arrived.clear()
-        for sequence in left:
+        for sequence in self._unfinished():
             if self._error is not None:
-                self._fail(sequence, EngineError(f"the engine stopped: {type(self._error).__name__}: {self._error}"))
+                self._end(sequence, EngineError(f"the engine stopped: {type(self._error).__name__}: {self._error}"))
             else:
-                self._fail(sequence, Unavailable("the server is shutting down", reason="shutting_down"))
-        self._waiting.clear()
+                self._end(sequence, Unavailable("the server is shutting down", reason="shutting_down"))
 
-    def _collect(self) -> None:
-        """Takes in what has arrived; sleeps while there is nothing to do."""
+    def _rest(self) -> None:
+        """Sleeps while there is nothing to do."""
         with self._wakeup:
             if not self._woken and not any(self._slots):
                 self._wakeup.wait(self._patience())
             self._woken = False
-            while self._arrived:
-                self._waiting.append(self._arrived.popleft())
 
     def _patience(self) -> float | None:
-        if not self._waiting:
-            return None
-        first = min(sequence.deadline(self._limits.queue_timeout_s) for sequence in self._waiting)
-        return max(0.0, first - time.monotonic())
+        first = min((sequence.deadline(self._limits.queue_timeout_s) for sequence in self._queue), default=None)
+        return None if first is None else max(0.0, first - time.monotonic())
+
+    def _unfinished(self) -> list[Sequence]:
+        with self._wakeup:
+            return [*self._queue, *filter(None, self._slots)]
 
     def _drop_ended(self) -> None:
         now = time.monotonic()
-        for sequence in [*self._waiting, *filter(None, self._slots)]:
+        for sequence in self._unfinished():
             if sequence.cancelled.is_set():
                 self._end(sequence, Cancelled("the request was cancelled"))
             elif now >= sequence.deadline(self._limits.queue_timeout_s):
-                self._end(sequence, RequestTimeout(_timeout_message(sequence, self._limits, now)))
+                self._end(sequence, self._timeout(sequence, now))
 
     def _admit(self) -> None:
-        for sequence in list(self._waiting):
-            if None not in self._slots:
-                return
+        on_their_way: set[Hashable] = set()
+        while (sequence := self._first(on_their_way)) is not None:
+            key = sequence.request.adapter
             try:
-                key = sequence.request.adapter
                 bank_slot = -1 if key is None else self._residency.try_acquire(key)
             except Exception as error:
                 self._end(sequence, error if isinstance(error, ServingError) else EngineError(f"the adapter can't be loaded: {error}"))
                 continue
             if bank_slot is None:
+                on_their_way.add(key)
                 continue
-            self._waiting.remove(sequence)
             sequence.bank_slot = bank_slot
             self._place(sequence)
             sequence.started = time.monotonic()
+            with self._wakeup:
+                self._queue.start(sequence)
             self._tell(sequence.request.started)
+
+    def _first(self, passed: set[Hashable]) -> Sequence | None:
+        with self._wakeup:
+            return self._queue.first(passed)
 
     def _place(self, sequence: Sequence) -> None:
         """Gives a sequence a slot, and what is known of its prompt already."""
@@ -213,8 +199,7 @@ class Engine:
     def _prefill(self) -> None:
         """Prompt tokens for the time that one full chunk takes: the next part of one long prompt, or several short ones."""
         room = self._program.sizes.prefill_chunk
-        while prefilling := [sequence for sequence in self._slots if sequence is not None and sequence.prefilling]:
-            sequence = min(prefilling, key=lambda sequence: sequence.started)
+        while (sequence := self._next_prompt()) is not None:
             left = len(sequence.request.prompt) - sequence.written
             chunk = next((length for length in self._program.chunk_lengths if length >= left), self._program.sizes.prefill_chunk)
             if chunk > room:
@@ -226,6 +211,12 @@ class Engine:
             if not sequence.prefilling:
                 self._prefixes.hold(sequence)
                 self._emit(sequence, sampled, 0)
+
+    def _next_prompt(self) -> Sequence | None:
+        self._admit()
+        prefilling = [sequence for sequence in self._slots if sequence is not None and sequence.prefilling]
+        with self._wakeup:
+            return self._queue.next_prompt(prefilling) if prefilling else None
 
     def _decode(self) -> None:
         running = [sequence for sequence in self._slots if sequence is not None and not sequence.prefilling]
@@ -271,9 +262,9 @@ class Engine:
         self._fail(sequence, error)
 
     def _leave(self, sequence: Sequence, intact: bool = True) -> None:
-        if sequence in self._waiting:
-            self._waiting.remove(sequence)
-        if sequence.slot >= 0 and self._slots[sequence.slot] is sequence:
+        with self._wakeup:
+            self._queue.end(sequence)
+        if sequence.slot >= 0:
             self._slots[sequence.slot] = None
             if intact:
                 self._prefixes.hold(sequence)
@@ -283,6 +274,15 @@ class Engine:
             self._woken = True
             if sequence.request.adapter is not None:
                 self._residency.release(sequence.request.adapter)
+
+    def _timeout(self, sequence: Sequence, now: float) -> RequestTimeout:
+        waits, own, waited = sequence.slot < 0, sequence.request.timeout_s, now - sequence.submitted
+        if own is not None and waited >= own:
+            text = f"the request's time-out of {own:g} s passed {'in the queue' if waits else f'after {len(sequence.answer)} tokens'}"
+        else:
+            text = f"no slot came free in {waited:.1f} s; the limit is {self._limits.queue_timeout_s:g} s (QUEUE_TIMEOUT_S)"
+        with self._wakeup:
+            return RequestTimeout(text, self._queue.wait_s(len(self._queue)) if waits else None)
 
     def _fail(self, sequence: Sequence, error: ServingError) -> None:
         self._tell(lambda: sequence.request.sink.fail(error))
@@ -301,11 +301,3 @@ def _prefixes(program: Program, limits: Limits) -> Prefixes:
     # What differs in its bits by how a sequence was cut into steps may be reused only where it would have been cut the same.
     invariant = program.cut_invariant
     return Prefixes(program.sizes.slots, unit=1 if invariant else program.sizes.prefill_chunk, answers=invariant)
-
-
-def _timeout_message(sequence: Sequence, limits: Limits, now: float) -> str:
-    waited = f"{now - sequence.submitted:.1f} s"
-    if sequence.request.timeout_s is not None and now - sequence.submitted >= sequence.request.timeout_s:
-        place = "in the queue" if sequence.slot < 0 else f"after {len(sequence.answer)} tokens"
-        return f"the request's time-out of {sequence.request.timeout_s:g} s passed {place}"
-    return f"no slot came free in {waited}; the limit is {limits.queue_timeout_s:g} s (QUEUE_TIMEOUT_S)"

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Protocol
 
+from jaxlora.engine.limits import Account
 from jaxlora.errors import ServingError
 
 MAX_BANNED = 320
@@ -88,7 +89,8 @@ class Request:
     """One prompt to continue.
 
     `adapter` is the key of an immutable adapter version (None: the base model). `timeout_s` bounds the whole request, queue included
-    (None: only the queue's own limit holds). `started` is called, as the sink is, when the request gets its slot.
+    (None: only the queue's own limit holds). `started` is called, as the sink is, when the request gets its slot. `account` is whom it
+    counts for, and of the requests of one account that wait, those with the lowest `priority` go first.
     """
 
     prompt: tuple[int, ...]
@@ -97,3 +99,5 @@ class Request:
     adapter: Hashable | None = None
     timeout_s: float | None = None
     started: Callable[[], None] = lambda: None
+    account: Account = Account()
+    priority: int = 0
