@@ -17,7 +17,7 @@ Prompt = str | Sequence[Message]
 
 
 class Sampling(TypedDict, total=False):
-    """How an answer's tokens are chosen and when it ends; bounds and defaults are those of `jaxlora.service.fields`."""
+    """How an answer's tokens are chosen, when it ends, and when its turn comes; bounds and defaults are those of `jaxlora.service.fields`."""
 
     max_tokens: int
     min_tokens: int
@@ -35,6 +35,7 @@ class Sampling(TypedDict, total=False):
     ignore_eos: bool
     logprobs: int
     exclude_input_in_output: bool
+    priority: int
 
 
 def fields_of(prompt: Prompt, adapter: str | None, stream: bool, sampling: Mapping[str, Any]) -> dict[str, Any]:

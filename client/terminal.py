@@ -42,6 +42,7 @@ _SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
     "frequency_penalty": (float, "against tokens by how often the answer has them"),
     "presence_penalty": (float, "against tokens that the answer has"),
     "seed": (int, "the same seed gives the same answer"),
+    "priority": (int, "of the requests for an adapter that wait, those with the lowest number go first (default 0)"),
 }
 
 

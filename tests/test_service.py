@@ -2,9 +2,12 @@
 
 import pytest
 
+from jaxlora.adapters import AdapterName, AdapterVersion
 from jaxlora.config import ModelConfig
+from jaxlora.engine import Account, Bounds
 from jaxlora.engine.requests import Result, Timings, Token
 from jaxlora.errors import InvalidRequest
+from jaxlora.service.accounts import account_of, limits_of
 from jaxlora.service.answers import AnswerSink
 from jaxlora.service.plan import plan
 from jaxlora.settings import Settings
@@ -133,6 +136,10 @@ def test_bad_words_are_banned_with_and_without_a_space_before(planned, tokenizer
     assert set(words) == {tuple(tokenizer.encode("bad")), tuple(tokenizer.encode(" bad"))}
 
 
+def test_the_priority_is_the_requests_own(planned):
+    assert planned().priority == 0 and planned(priority=-3).priority == -3
+
+
 def test_without_a_seed_draws_differ(planned):
     assert planned(temperature=1.0).params.seed != planned(temperature=1.0).params.seed
     assert planned(seed=5).params.seed == 5
@@ -155,3 +162,15 @@ def test_what_does_not_fit_the_model_is_refused(planned, fields, field, words):
     with pytest.raises(InvalidRequest) as caught:
         planned(**fields)
     assert words in caught.value.problems[field]
+
+
+def test_all_versions_of_an_adapter_count_for_one_account():
+    versions = [AdapterVersion(AdapterName("alice", "sql", version), f"sha{version}", "", 8, 0, None, ()) for version in (1, 2)]
+    assert {account_of(version) for version in versions} == {Account("alice/sql", "alice")}
+    assert account_of(None) == Account()
+
+
+def test_every_limit_is_a_setting():
+    settings = Settings(max_running_per_adapter=1, max_queue_per_adapter=2, tokens_per_s_per_adapter=3.0, max_running_per_user=4, max_queue_per_user=5, tokens_per_s_per_user=6.0)
+    limits = limits_of(settings)
+    assert limits.adapter == Bounds(1, 2, 3.0) and limits.user == Bounds(4, 5, 6.0)

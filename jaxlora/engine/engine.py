@@ -87,14 +87,13 @@ class Engine:
         return self._thread.is_alive() and self._error is None
 
     def load(self) -> dict[str, int]:
-        """What is going on: requests waiting and running, slots in all, tokens in the KV cache that belong to running requests, adapters
-        on the device, and counters since the start."""
+        """What is going on: requests waiting and running, tokens in the KV cache that belong to running requests, adapters on the device,
+        and counters since the start."""
         running = [sequence for sequence in list(self._slots) if sequence is not None]
         with self._wakeup:
             waiting = len(self._queue)
         return {
-            "waiting": waiting, "running": len(running), "slots": len(self._slots), "steps": self.steps,
-            "kv_tokens": sum(sequence.written for sequence in running),
+            "waiting": waiting, "running": len(running), "steps": self.steps, "kv_tokens": sum(sequence.written for sequence in running),
             "adapters_resident": len(self._residency.resident()), "adapters_placed": self._residency.placed, "compiled": self._program.compiled(),
             "prompt_tokens_reused": self.reused,
         }

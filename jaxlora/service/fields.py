@@ -16,6 +16,7 @@ MAX_SAMPLING_PARAMETERS_BYTES = 1 << 16
 MAX_WORDS = 64
 MAX_WORD_BYTES = 1024
 MAX_LOGPROBS = 20
+MAX_PRIORITY = 1000
 
 Parse = Callable[[Any, Settings], Any]
 
@@ -159,6 +160,7 @@ _TABLE = (
     Field("beam_width", "TYPE_INT32", _only(1, "beam search is not offered"), 1),
     Field("seed", "TYPE_UINT64", _SEED),
     Field("random_seed", "TYPE_UINT64", _SEED, alias="seed"),
+    Field("priority", "TYPE_INT32", _whole(-MAX_PRIORITY, MAX_PRIORITY), 0),
     Field("stop_words", "TYPE_STRING", _words, (), dims=-1),
     Field("bad_words", "TYPE_STRING", _words, (), dims=-1),
     Field("return_num_input_tokens", "TYPE_BOOL", _flag, False),

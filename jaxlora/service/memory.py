@@ -26,11 +26,12 @@ def memory_estimate(settings: Settings, config: ModelConfig) -> dict[str, int]:
     in_bank = [at for path, at in linears.items() if path != OUTPUT_LAYER or settings.lora_output_layer]
     rank_row = sum(at.in_features + at.out_features for at in in_bank)
     chunk = max(settings.prefill_chunk, 128)
+    slots = settings.max_slots + settings.reserved_slots
     length = (math.ceil(settings.max_seq_len / chunk) + 1) * chunk
     return {
         "weights": size * (products + config.vocab_size * config.hidden_size),
-        "kv_cache": 2 * size * settings.max_slots * length * config.num_layers * config.num_kv_heads * config.head_dim,
+        "kv_cache": 2 * size * slots * length * config.num_layers * config.num_kv_heads * config.head_dim,
         "adapters": size * settings.lora_slots * settings.max_lora_rank * rank_row,
-        "history": 5 * settings.max_slots * config.vocab_size,
+        "history": 5 * slots * config.vocab_size,
         "working": 4 * 4 * settings.max_lora_rank * rank_row + 512 * 1024 * 1024,
     }

@@ -21,6 +21,7 @@ class Plan:
     params: SamplingParams
     stop_strings: tuple[str, ...]
     lora_name: str
+    priority: int
     echo: str
     cumulative_logprob: bool
     logprobs: bool
@@ -83,6 +84,7 @@ def plan(fields: Mapping[str, Any], prompt: Sequence[int], tokenizer: Tokenizer,
         params=params,
         stop_strings=tuple(word for word in value["stop_words"] if word not in special),
         lora_name=value["lora_name"] or "",
+        priority=value["priority"],
         echo="" if value["exclude_input_in_output"] else _echo(fields, prompt, tokenizer),
         cumulative_logprob=bool(value["return_cumulative_logprob"]),
         logprobs=wants_each,

@@ -11,10 +11,11 @@ from jaxlora.adapters import AdapterVersion, CatalogueReader, HostCache, catalog
 from jaxlora.checkpoint import resolve
 from jaxlora.compilation import keep_compiled_programs
 from jaxlora.config import ModelConfig
-from jaxlora.engine import Engine, Handle, Limits, Program, Request, Sizes
+from jaxlora.engine import Engine, Handle, Program, Request, Sizes
 from jaxlora.errors import ServingError, SetupError
 from jaxlora.peft import Limits as PeftLimits
 from jaxlora.peft import LoraAdapter, read
+from jaxlora.service.accounts import account_of, limits_of
 from jaxlora.service.answers import AnswerSink, Listener
 from jaxlora.service.memory import check_length
 from jaxlora.service.metrics import Registry
@@ -64,7 +65,7 @@ class LoraService:
         progress(f"loading weights ({settings.dtype})")
         loaded = weights.load(folder, self.config, settings.dtype, packing=chosen.packing)
         sizes = Sizes(
-            slots=settings.max_slots,
+            slots=settings.max_slots + settings.reserved_slots,
             max_seq_len=settings.max_seq_len,
             prefill_chunk=min(settings.prefill_chunk, settings.max_seq_len),
             lora_slots=settings.lora_slots,
@@ -78,8 +79,7 @@ class LoraService:
         describe_prompt = self.tokenizer.decode if settings.log_prompts else None
         self.observer = Observer(Registry(), log or RequestLog(), settings.metrics_adapters, describe_prompt)
         self._host = HostCache(settings.adapter_host_cache_bytes, self._read)
-        limits = Limits(settings.max_queue, settings.queue_timeout_s, bool(settings.prefix_cache))
-        self.engine = Engine(program, self._fetch, limits, self._placed)
+        self.engine = Engine(program, self._fetch, limits_of(settings), self._placed)
         self.state = StateRecorder(settings, self.observer, self.engine, self._host, self._catalogue)
 
     def submit(
@@ -115,12 +115,14 @@ class LoraService:
     def start(
         self, checked: tuple[Plan, AdapterVersion | None], listener: Listener, timeout_s: float | None = None, request_id: str = ""
     ) -> Handle:
-        """Queues a checked request; `request_id` names it in the request log. Raises Unavailable if the queue is full."""
+        """Queues a checked request; `request_id` names it in the request log. Raises Unavailable if a limit is reached."""
         made, adapter = checked
         sink = AnswerSink(made, adapter, self.tokenizer, listener, peak_memory_bytes)
         observed = self.observer.observe(sink, made.prompt, adapter, request_id)
         try:
-            handle = self.engine.submit(Request(made.prompt, made.params, observed, adapter, timeout_s, observed.started))
+            handle = self.engine.submit(
+                Request(made.prompt, made.params, observed, adapter, timeout_s, observed.started, account_of(adapter), made.priority)
+            )
         except ServingError as error:
             observed.refused(error)
             raise

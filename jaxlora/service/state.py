@@ -27,11 +27,12 @@ class StateRecorder:
         self._engine, self._host, self._catalogue = engine, host, catalogue
         self._counted: tuple[Catalogue | None, int] = (None, 0)
         set = self._registry.set
-        set("lora_slots", value=settings.max_slots)
-        set("lora_kv_tokens_capacity", value=settings.max_slots * settings.max_seq_len)
+        self._slots = settings.max_slots
+        set("lora_slots", value=self._slots)
+        self._capacity = (settings.max_slots + settings.reserved_slots) * settings.max_seq_len
+        set("lora_kv_tokens_capacity", value=self._capacity)
         set("lora_adapter_device_slots", value=settings.lora_slots)
         self._max_lora = str(settings.lora_slots)
-        self._capacity = settings.max_slots * settings.max_seq_len
 
     def record(self) -> None:
         """Brings everything up to date."""
@@ -44,7 +45,7 @@ class StateRecorder:
         set("lora_requests_running", value=load["running"])
         set("lora_requests_waiting", value=load["waiting"])
         set("lora_slots_used", value=load["running"])
-        set("lora_load_ratio", value=(load["running"] + load["waiting"]) / load["slots"])
+        set("lora_load_ratio", value=(load["running"] + load["waiting"]) / self._slots)
         set("lora_kv_tokens_used", value=load["kv_tokens"])
         set("lora_kv_cache_usage_ratio", value=load["kv_tokens"] / self._capacity)
         set("lora_engine_up", value=float(self._engine.healthy))

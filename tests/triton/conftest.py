@@ -14,6 +14,7 @@ from .harness import CACHE, Grpc, Http, serving, write_byte_tokenizer
 KINDS = ("attention", "every-linear", "rslora", "patterns")
 ADAPTERS = tuple(f"{user}/{kind}" for user in ("alice", "bob") for kind in KINDS)
 ADMIN_KEY = "key-of-the-tests-0123456789"
+TOKENS_PER_S = 4_000  # in ten seconds room for two of the longest answers, and not for three
 SETTINGS = {
     "max_slots": 8,
     "max_seq_len": 16_384,  # room for answers that take seconds, of which a test wants to see the middle
@@ -75,8 +76,8 @@ def grpc(server) -> Grpc:
 def operated(tmp_path_factory, tiny_model, adapters) -> TritonServer:
     """A server as an operator may run it: with a key, a request log in a file, and little room everywhere."""
     folder = tmp_path_factory.mktemp("operated")
-    little = {"max_slots": 2, "max_queue": 2, "lora_slots": 1, "adapter_host_cache_bytes": 20_000, "metrics_adapters": 2}
-    own = {"admin_key": ADMIN_KEY, "request_log": str(folder / "requests.jsonl")}
+    little = {"max_slots": 2, "reserved_slots": 0, "max_queue": 2, "lora_slots": 1, "adapter_host_cache_bytes": 20_000, "metrics_adapters": 2}
+    own = {"admin_key": ADMIN_KEY, "request_log": str(folder / "requests.jsonl"), "tokens_per_s_per_user": TOKENS_PER_S}
     with serving(folder, model=str(tiny_model), cache_dir=CACHE, **SETTINGS | little | own) as started:
         for name, adapter in adapters.items():
             publish(adapter, name, started.store)

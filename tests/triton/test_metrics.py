@@ -16,7 +16,7 @@ from jaxlora.adapters import publish
 from jaxlora.service.metrics import HISTOGRAM, METRICS
 
 from .. import prometheus_files
-from .conftest import ADMIN_KEY, SETTINGS
+from .conftest import ADMIN_KEY, SETTINGS, TOKENS_PER_S
 from .harness import Grpc, Http, Refused
 
 SECRET = "a prompt that is nobody's business"
@@ -118,8 +118,9 @@ def busy(operated, before) -> Samples:
 
 @pytest.fixture(scope="module")
 def after(operated, busy, adapters) -> Samples:
-    """A scrape when all is quiet again, after requests for four adapters, bad ones, and a publish that is refused."""
-    http = Http(operated)
+    """A scrape when all is quiet again, after requests for four adapters, bad ones, one over a rate, one that took too long, and a publish
+    that is refused."""
+    http, grpc = Http(operated), Grpc(operated)
     gone = http.stream("jax_lora", text_input="x", max_tokens=SETTINGS["max_output_tokens"], stream=True, ignore_eos=True)
     next(gone)
     gone.close()
@@ -130,6 +131,12 @@ def after(operated, busy, adapters) -> Samples:
         for model in ("llm", "jax_lora"):
             with pytest.raises(Refused):
                 http.generate(model, text_input=SECRET, id="bad", **bad)
+    long = {"text_input": b"hi", "max_tokens": SETTINGS["max_output_tokens"]}
+    rate = rf"UNAVAILABLE: bob uses more than {TOKENS_PER_S} tokens a second \(TOKENS_PER_S_PER_USER\); try again in [0-9.]+ s"
+    with pytest.raises(Refused, match=rate):
+        grpc.generate(lora_name=b"bob/rslora", rows=3, **long)
+    with pytest.raises(Refused, match=r"UNAVAILABLE: the request's time-out of 0.3 s passed after \d+ tokens"):
+        grpc.generate(timeout_us=300_000, sampling_parameters=b'{"ignore_eos": true}', **long)
     version = publish(adapters["alice/attention"], "frank/sql", operated.store)
     folder = operated.store / "users" / "frank" / "adapters" / "sql" / str(version)
     shutil.copy(folder / "adapter_config.json", folder / "adapter_model.safetensors")
@@ -171,7 +178,9 @@ def test_requests_are_counted_by_outcome_and_reason(before, after):
         return total(after, "lora_requests_total", **labels) - total(before, "lora_requests_total", **labels)
 
     assert new(outcome="refused", reason="queue_full") == 1
+    assert new(outcome="refused", reason="rate_limited") == 1, "the third of three rows"
     assert new(outcome="failed", reason="queue_timeout") == 1
+    assert new(outcome="failed", reason="timeout") == 1
     assert new(outcome="refused", reason="invalid") == 2, "by the tokenizer and by the model"
     assert new(outcome="refused", reason="adapter_not_found") == 2
     assert new(outcome="cancelled") >= 1
@@ -184,7 +193,8 @@ def test_tokens_and_times_are_counted_of_every_request(before, after):
 
     finished = new("lora_requests_total", outcome="finished")
     assert new("lora_request_duration_seconds_count") == finished
-    assert new("lora_queue_time_seconds_count") == new("lora_requests_accepted_total") - new("lora_requests_total", reason="queue_timeout")
+    waited_in_vain = new("lora_requests_accepted_total") - new("lora_queue_time_seconds_count") - new("lora_requests_total", reason="queue_timeout")
+    assert 0 <= waited_in_vain <= 2, "rows whose request was refused for another row"
     assert new("lora_time_to_first_token_seconds_count") >= finished
     assert new("lora_generated_tokens_total") >= 6 * 4
     assert new("lora_prompt_tokens_total") >= 6 * len(SECRET), "one token a byte"
@@ -236,7 +246,7 @@ def test_each_request_has_its_line_and_no_prompt_is_in_it(after, log):
     assert (first["adapter"], first["version"], first["outcome"], first["completion_tokens"]) == ("alice/attention", 1, "finished", 4)
     assert first["prompt_tokens"] == len(SECRET) and first["queue_ms"] <= first["ttft_ms"] <= first["total_ms"]
     assert [line["reason"] for line in lines if line["request_id"] == "bad"] == ["invalid", "invalid", "adapter_not_found", "adapter_not_found"]
-    assert {"queue_full", "queue_timeout", "cancelled"} <= {line["reason"] for line in lines}
+    assert {"queue_full", "rate_limited", "queue_timeout", "timeout", "cancelled"} <= {line["reason"] for line in lines}
 
 
 def test_the_live_view_shows_it(after, operated, capsys, monkeypatch):
