@@ -10,11 +10,11 @@ from jaxlora.errors import Cancelled, EngineError
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Tokens of a request. `cached_tokens` of the prompt did not have to be computed."""
+    """Tokens of a request. `cached_tokens` of the prompt did not have to be computed; two are equal whatever was."""
 
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int = 0
+    cached_tokens: int = dataclasses.field(default=0, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
