@@ -68,7 +68,6 @@ def _summary(between: Between, url: str) -> RenderableType:
     now = between.new
     slots, running, waiting = (now.total(f"lora_{name}") for name in ("slots", "requests_running", "requests_waiting"))
     used, capacity = now.total("lora_kv_tokens_used"), now.total("lora_kv_tokens_capacity")
-    up = now.total("lora_engine_up") > 0
     bars = Table.grid(padding=(0, 1))
     bars.add_row("slots", _bar(running, slots), f"{running:.0f} of {slots:.0f} run, {waiting:.0f} wait")
     bars.add_row("KV cache", _bar(used, capacity), f"{used:,.0f} of {capacity:,.0f} tokens")
@@ -87,8 +86,15 @@ def _summary(between: Between, url: str) -> RenderableType:
         f"process {_bytes(now.total('lora_process_resident_memory_bytes'))}",
         f"device {_bytes(now.total('lora_device_memory_bytes'))}",
     )
-    state = Text("engine up", "green") if up else Text("ENGINE STOPPED", "bold red")
-    return Panel(Group(bars, numbers), title=Text.assemble(url, "  ", state), title_align="left")
+    return Panel(Group(bars, numbers), title=Text.assemble(url, "  ", *_state(now)), title_align="left")
+
+
+def _state(now: Reading) -> list[Text]:
+    """Whether the engine runs, and which breakers are not closed."""
+    if not now.total("lora_engine_up"):
+        return [Text("ENGINE STOPPED", "bold red")]
+    names = [name for (name,) in now.values("lora_breaker_state", "breaker") if now.total("lora_breaker_state", breaker=name)]
+    return [Text("engine up", "green"), *(Text(f"  {name} breaker open", "bold red") for name in names)]
 
 
 def _adapters(between: Between) -> RenderableType:

@@ -72,6 +72,10 @@ class EngineError(ServingError):
     code = "INTERNAL"
     reason = "engine"
 
+    def __init__(self, message: str, reason: str = reason):
+        self.reason = reason
+        super().__init__(message)
+
 
 class SetupError(Exception):
     """A wrong setting, checkpoint or machine, found before anything is loaded. `str()` is one clear line a problem."""

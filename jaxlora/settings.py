@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxlora import faults
 from jaxlora.errors import SetupError
 
 MIB = 1 << 20
@@ -81,6 +82,11 @@ def _key(text: str) -> str:
     return text
 
 
+def _faults(text: str) -> str:
+    faults.parse(text)
+    return text
+
+
 def _setting(default: Any, parse: Callable[[str], Any], help: str) -> Any:
     return dataclasses.field(default=default, metadata={"parse": parse, "help": help})
 
@@ -118,6 +124,14 @@ class Settings:
     tokens_per_s_per_adapter: float = _setting(0.0, _number(0), "prompt and generated tokens a second of one adapter; 0: no bound")
     tokens_per_s_per_user: float = _setting(0.0, _number(0), "prompt and generated tokens a second of all adapters of one user; 0: no bound")
     rate_burst_s: float = _setting(10.0, _number(0.1), "so many seconds' worth of these tokens may come at once")
+    grace_s: float = _setting(30.0, _number(0), "seconds that running answers have to finish when the server is told to stop")
+    breaker_queue_s: float = _setting(0.0, _number(0), "mean wait for a slot over which new requests are refused for a time, in seconds; 0: none")
+    breaker_token_s: float = _setting(0.0, _number(0), "mean time per output token over which new requests are refused for a time, in seconds; 0: none")
+    breaker_window_s: float = _setting(10.0, _number(0.1), "seconds over which those means are taken")
+    breaker_open_s: float = _setting(5.0, _number(0.1), "seconds for which requests are then refused, before some pass as probes")
+    breaker_adapter_failures: int = _setting(3, _whole(1), "failures in a row after which an adapter is refused for a time")
+    breaker_adapter_s: float = _setting(30.0, _number(0.1), "seconds for which it is refused, before one request passes as a probe")
+    breaker_memory_s: float = _setting(30.0, _number(0.1), "seconds after which one more slot is used again, where memory had run out")
     max_prompt_bytes: int = _setting(MIB, _whole(1), "longest prompt text or `messages`, in bytes")
     max_output_tokens: int = _setting(2048, _whole(1), "largest `max_tokens`")
     default_max_tokens: int = _setting(256, _whole(1), "`max_tokens` of a request that names none")
@@ -125,6 +139,7 @@ class Settings:
     request_log: str = _setting("stdout", _text, "one JSON line a request goes to: `stdout` (the server's log), `none`, or a file")
     log_prompts: int = _setting(0, _whole(0, 1), "1: those lines hold the text of the prompt")
     metrics_adapters: int = _setting(100, _whole(1, 10_000), "adapter versions with metrics of their own; the others share `other`")
+    faults: str = _setting("", _faults, "faults on purpose, to rehearse them, as `decode:exception:seed=7`; see Operating")
 
     @classmethod
     def names(cls) -> list[str]:

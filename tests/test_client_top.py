@@ -83,6 +83,12 @@ def test_the_view_tells_a_stopped_engine_and_a_server_without_the_model(between)
     assert "not loaded yet" in shown(Between(parse("", 1.0), parse("nv_cpu 1", 2.0)))
 
 
+def test_the_view_tells_which_breaker_is_open(between):
+    states = 'lora_breaker_state{breaker="latency"} 2\nlora_breaker_state{breaker="memory"} 0\n'
+    text = shown(Between(between.old, parse(NEW + states, 14.0)))
+    assert "latency breaker open" in text and "memory" not in text
+
+
 def test_an_address_where_nobody_answers_is_told(capsys):
     with pytest.raises(ServerUnreachable, match="no metrics at http://127.0.0.1:1/metrics"):
         read("http://127.0.0.1:1/metrics")

@@ -126,7 +126,7 @@ def test_nothing_compiles_after_the_warm_up(running, alone):
 
 def test_the_caches_are_updated_in_place(running, alone):
     engine, program = running
-    places = lambda: [array.unsafe_buffer_pointer() for array in (*program._state.cache.k, *program._state.cache.v)]  # noqa: E731
+    places = lambda: [array.unsafe_buffer_pointer() for array in (*program.state.cache.k, *program.state.cache.v)]  # noqa: E731
     before = places()
     asked(engine, Request((1, 2, 3), SamplingParams(max_tokens=5), None)).tokens()
     assert places() == before

@@ -24,7 +24,7 @@ class Counting:
         self.config = type("Config", (), {"vocab_size": VOCAB})
         self.layout = type("Layout", (), {"size": 1, "pack": lambda self, modules, out: None})()
         self.cut_invariant = True
-        self.steps, self.placed, self.copies = [], [], []
+        self.steps, self.placed, self.copies, self.cleared = [], [], [], []
         self.gate = threading.Event()
         self.gate.set()
         self.broken = None
@@ -48,6 +48,12 @@ class Counting:
 
     def reuse(self, source, slot, tokens, record):
         self.copies.append((source, slot, len(tokens)))
+
+    def state_is_intact(self):
+        return True
+
+    def clear(self, slot):
+        self.cleared.append(slot)
 
     def compiled(self):
         return 0
@@ -332,10 +338,11 @@ def test_an_adapter_that_cannot_be_read_fails_its_request_alone(engine, readers)
     assert submit(engine, (1,), adapter="bad", max_tokens=1).wait().tokens == [2]
 
 
-def test_logits_that_are_not_finite_fail_their_row_alone(engine):
+def test_logits_that_are_not_finite_fail_their_row_alone(engine, program):
     other = submit(engine, (5,), max_tokens=30)
     broken = submit(engine, (664,), max_tokens=30).wait()
     assert isinstance(broken.error, EngineError) and "not finite" in str(broken.error)
+    assert program.cleared == [1]
     assert other.wait().tokens == list(range(6, 36))
 
 
@@ -382,9 +389,31 @@ def test_stopping_fails_what_is_left(program, readers):
     answers = [submit(engine, max_tokens=60) for _ in range(6)]
     stopper = threading.Thread(target=engine.stop)
     stopper.start()
-    until(lambda: engine._stopping)
+    until(lambda: engine._closing.is_over(lambda: False))
     program.gate.set()
     stopper.join(10)
     assert all(isinstance(answer.wait().error, Unavailable) for answer in answers)
     with pytest.raises(Unavailable, match="shutting down"):
         submit(engine)
+
+
+def test_with_a_grace_what_was_accepted_finishes_and_nothing_more_is_taken(program, readers):
+    engine = Engine(program, readers)
+    program.gate.clear()
+    answers = [submit(engine, (at,), max_tokens=20) for at in range(6)]
+    stopper = threading.Thread(target=engine.stop, args=(30,))
+    stopper.start()
+    until(lambda: engine._closing.is_over(lambda: True))
+    with pytest.raises(Unavailable, match="shutting down"):
+        submit(engine)
+    program.gate.set()
+    stopper.join(10)
+    assert not stopper.is_alive() and [len(answer.wait().tokens) for answer in answers] == [20] * 6
+
+
+def test_after_the_grace_what_is_left_is_told_so(program, readers):
+    engine = Engine(program, readers)
+    waiting = submit(engine, adapter="never")
+    engine.stop(0.05)
+    assert isinstance(waiting.wait().error, Unavailable)
+    assert "its grace period of 0.05 s (GRACE_S) is over" in str(waiting.error) and waiting.error.reason == "shutting_down"

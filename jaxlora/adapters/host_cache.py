@@ -60,6 +60,13 @@ class HostCache:
                 "bytes": self._bytes,
             }
 
+    def clear(self) -> None:
+        """Lets go of every adapter, so that its memory is free once nobody uses it any more; the next `get` reads it again."""
+        with self._lock:
+            self._evictions += len(self._kept)
+            self._kept.clear()
+            self._bytes = 0
+
     def close(self) -> None:
         """Lets go of everything. Adapters that are being read are finished, those that wait to be read are cancelled."""
         with self._lock:

@@ -8,33 +8,25 @@ not hold back those behind it.
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future
 
 import numpy as np
 
+from jaxlora.engine.closing import Closing
 from jaxlora.engine.fair_queue import FairQueue
+from jaxlora.engine.health import Health, Thresholds
 from jaxlora.engine.limits import Limits
 from jaxlora.engine.prefixes import Prefixes
 from jaxlora.engine.program import Program
-from jaxlora.engine.requests import Request
+from jaxlora.engine.requests import Handle, Request
 from jaxlora.engine.residency import HostAdapter, Residency
-from jaxlora.engine.slots import Sequence, decode_batch, prefill_batch, row_numbers, token_of
-from jaxlora.errors import Cancelled, EngineError, RequestTimeout, ServingError, Unavailable
+from jaxlora.engine.sampling import Sampled
+from jaxlora.engine.slots import Sequence, token_of
+from jaxlora.engine.stepper import Outcome, Stepper, cause_of
+from jaxlora.errors import Cancelled, EngineError, RequestTimeout, ServingError
 
 log = logging.getLogger(__name__)
-
-
-class Handle:
-    """A submitted request, for cancelling it."""
-
-    def __init__(self, sequence: Sequence, wake: Callable[[], None]):
-        self._sequence, self._wake = sequence, wake
-
-    def cancel(self) -> None:
-        """Stops the request at the next step; its sink gets `Cancelled`. Without effect once it has ended."""
-        self._sequence.cancelled.set()
-        self._wake()
 
 
 class Engine:
@@ -44,6 +36,9 @@ class Engine:
         program: warmed up; the engine's thread is the only one that uses it from now on.
         read_adapter: the future of an adapter in host memory for a request's adapter key.
         placed: told of every adapter that came onto the device, how many seconds after it was first asked for.
+        health: told of faults and delays; refuses requests where its breakers are open.
+        relieve: gives host memory back that can be done without; called where memory runs out.
+        stopped: told why, after the engine's thread ended by itself and whoever waited has been told.
     """
 
     def __init__(
@@ -52,17 +47,20 @@ class Engine:
         read_adapter: Callable[[Hashable], "Future[HostAdapter]"],
         limits: Limits = Limits(),
         placed: Callable[[float], None] = lambda seconds: None,
+        health: Health | None = None,
+        relieve: Callable[[], None] = lambda: None,
+        stopped: Callable[[EngineError], None] = lambda error: None,
     ):
-        self._program, self._limits = program, limits
-        self._residency = Residency(program, read_adapter, self._wake, placed)
+        self._program, self._limits, self._stopped = program, limits, stopped
+        self.health = health or Health(Thresholds(), program.sizes.slots)
+        self._stepper = Stepper(program, self.health, self._begin_anew, relieve)
+        self._residency = Residency(program, self._stepper.put_adapter, read_adapter, self._wake, placed)
         self._wakeup = threading.Condition()
         self._woken = False
         self._queue = FairQueue(program.sizes.slots, program.sizes.max_seq_len, limits)
         self._slots: list[Sequence | None] = [None] * program.sizes.slots
-        self._stopping = False
-        self._error: Exception | None = None
-        self._prefixes = _prefixes(program, limits)
-        self._by_slot = len(program.batch_sizes) == 1
+        self._closing = Closing()
+        self._prefixes = Prefixes.of(program, limits.prefix_cache)
         self.steps = self.reused = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -71,20 +69,21 @@ class Engine:
         """Queues a request. Its sink hears of everything that follows.
 
         Raises:
-            Unavailable: a limit is reached, or the engine has stopped.
+            Unavailable: a limit is reached, a breaker is open, or the engine has stopped.
         """
         sequence = Sequence(request, time.monotonic())
         with self._wakeup:
-            self._check_open()
+            self._closing.check()
+            self.health.check(request.adapter)
             self._queue.add(sequence)
             self._woken = True
             self._wakeup.notify()
-        return Handle(sequence, self._wake)
+        return Handle(sequence.cancelled, self._wake)
 
     @property
     def healthy(self) -> bool:
         """Whether the engine's thread runs."""
-        return self._thread.is_alive() and self._error is None
+        return self._thread.is_alive() and self._closing.error is None
 
     def load(self) -> dict[str, int]:
         """What is going on: requests waiting and running, tokens in the KV cache that belong to running requests, adapters on the device,
@@ -102,19 +101,14 @@ class Engine:
         """The keys of the adapters on the device."""
         return self._residency.resident()
 
-    def stop(self) -> None:
-        """Ends the thread. Whatever has not finished fails as `Unavailable`."""
+    def stop(self, grace_s: float = 0.0) -> None:
+        """Takes no more requests, and ends the thread when those that there are have ended, or after `grace_s` seconds: what has not
+        finished by then fails as `Unavailable`."""
         with self._wakeup:
-            self._stopping = True
+            self._closing.begin(grace_s)
         self._wake()
         self._thread.join()
         self._residency.close()
-
-    def _check_open(self) -> None:
-        if self._error is not None:
-            raise Unavailable(f"the engine has stopped: {self._error}", reason="engine_stopped")
-        if self._stopping:
-            raise Unavailable("the server is shutting down", reason="shutting_down")
 
     def _wake(self) -> None:
         with self._wakeup:
@@ -123,21 +117,19 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while not self._stopping:
+            while not self._closing.is_over(lambda: not self._unfinished()):
                 self._rest()
                 self._drop_ended()
                 self._prefill()
                 self._decode()
         except Exception as error:  # whatever it is, nobody may be left waiting
             log.exception("the engine stopped")
-            self._error = error
-        with self._wakeup:
-            self._stopping = True
+            with self._wakeup:
+                self._closing.error = EngineError(f"the engine stopped: {cause_of(error)}")
         for sequence in self._unfinished():
-            if self._error is not None:
-                self._end(sequence, EngineError(f"the engine stopped: {type(self._error).__name__}: {self._error}"))
-            else:
-                self._end(sequence, Unavailable("the server is shutting down", reason="shutting_down"))
+            self._end(sequence, self._closing.failure())
+        if self._closing.error is not None:
+            self._stopped(self._closing.error)
 
     def _rest(self) -> None:
         """Sleeps while there is nothing to do."""
@@ -148,7 +140,7 @@ class Engine:
 
     def _patience(self) -> float | None:
         first = min((sequence.deadline(self._limits.queue_timeout_s) for sequence in self._queue), default=None)
-        return None if first is None else max(0.0, first - time.monotonic())
+        return None if first is None else max(0.0, min(first - time.monotonic(), self._closing.left_s()))
 
     def _unfinished(self) -> list[Sequence]:
         with self._wakeup:
@@ -168,8 +160,9 @@ class Engine:
             key = sequence.request.adapter
             try:
                 bank_slot = -1 if key is None else self._residency.try_acquire(key)
-            except Exception as error:
-                self._end(sequence, error if isinstance(error, ServingError) else EngineError(f"the adapter can't be loaded: {error}"))
+            except ServingError as error:
+                self.health.adapter_failed(key, error)
+                self._end(sequence, error)
                 continue
             if bank_slot is None:
                 on_their_way.add(key)
@@ -177,11 +170,14 @@ class Engine:
             sequence.bank_slot = bank_slot
             self._place(sequence)
             sequence.started = time.monotonic()
+            self.health.waited(sequence.started - sequence.submitted)
             with self._wakeup:
                 self._queue.start(sequence)
             self._tell(sequence.request.started)
 
     def _first(self, passed: set[Hashable]) -> Sequence | None:
+        if len(self._slots) - self._slots.count(None) >= self.health.allowed_rows():
+            return None
         with self._wakeup:
             return self._queue.first(passed)
 
@@ -190,26 +186,21 @@ class Engine:
         request = sequence.request
         place = self._prefixes.place(request.adapter, request.prompt, [slot for slot, user in enumerate(self._slots) if user is None])
         self._prefixes.forget(place.slot)
-        self._program.reuse(place.source, place.slot, np.asarray(request.prompt[: place.length], np.int32), request.params.penalised)
-        sequence.slot, sequence.written, sequence.cached = place.slot, place.length, place.length
+        tokens = np.asarray(request.prompt[: place.length], np.int32)
+        if self._stepper.reuse(place.source, place.slot, tokens, request.params.penalised):
+            sequence.written = sequence.cached = place.length
+            self.reused += place.length
+        sequence.slot = place.slot
         self._slots[place.slot] = sequence
-        self.reused += place.length
 
     def _prefill(self) -> None:
         """Prompt tokens for the time that one full chunk takes: the next part of one long prompt, or several short ones."""
         room = self._program.sizes.prefill_chunk
         while (sequence := self._next_prompt()) is not None:
-            left = len(sequence.request.prompt) - sequence.written
-            chunk = next((length for length in self._program.chunk_lengths if length >= left), self._program.sizes.prefill_chunk)
-            if chunk > room:
+            room -= self._stepper.chunk(sequence)
+            if room < 0:
                 return
-            room -= chunk
-            batch = prefill_batch(sequence, chunk, self._program.config.vocab_size)
-            sampled = self._program.run(batch)
-            sequence.written += int(batch.lengths[0])
-            if not sequence.prefilling:
-                self._prefixes.hold(sequence)
-                self._emit(sequence, sampled, 0)
+            self._take(self._stepper.prefill([sequence]))
 
     def _next_prompt(self) -> Sequence | None:
         self._admit()
@@ -219,28 +210,39 @@ class Engine:
 
     def _decode(self) -> None:
         running = [sequence for sequence in self._slots if sequence is not None and not sequence.prefilling]
-        if not running:
-            return
-        size = next(size for size in self._program.batch_sizes if size >= len(running))
-        rows = row_numbers(running, self._by_slot)
-        batch = decode_batch(running, rows, size, self._program.config.vocab_size)
-        sampled = self._program.run(batch)
-        self.steps += 1
-        for sequence, row in zip(running, rows, strict=True):
-            sequence.written += 1
-            self._emit(sequence, sampled, row)
+        if running:
+            self._take(self._stepper.decode(running))
+            self.steps += 1
+        self.health.stepped(bool(running))
 
-    def _emit(self, sequence: Sequence, sampled, row: int) -> None:
+    def _take(self, outcomes: Iterator[Outcome]) -> None:
+        for outcome in outcomes:
+            sequence = outcome.sequence
+            if outcome.error is not None:
+                self._end(sequence, outcome.error)
+                continue
+            sequence.written += outcome.length
+            if not sequence.prefilling:
+                if not sequence.answer:
+                    self._prefixes.hold(sequence)
+                self._emit(sequence, outcome.sampled, outcome.row)
+
+    def _begin_anew(self, suspects: list[Sequence]) -> None:
+        """The slots' caches are lost."""
+        self._prefixes.forget_all()
+        for sequence in filter(None, self._slots):
+            sequence.begin_anew(suspect=sequence in suspects)
+
+    def _emit(self, sequence: Sequence, sampled: Sampled, row: int) -> None:
         """Hands a new token out, and ends the answer where it ends."""
-        params = sequence.request.params
-        if not sampled.ok[row]:
-            self._end(sequence, EngineError("the model's logits are not finite"))
-            return
-        now = time.monotonic()
-        if not sequence.answer:
-            sequence.first_token = now
+        params, now = sequence.request.params, time.monotonic()
         token = token_of(sampled, row, params.logprobs)
         sequence.answer.append(token.id)
+        if len(sequence.answer) <= sequence.handed_out:
+            return
+        if not sequence.handed_out:
+            sequence.first_token = now
+        sequence.handed_out, sequence.suspect = len(sequence.answer), False
         full = len(sequence.request.prompt) + len(sequence.answer) >= self._program.sizes.max_seq_len
         if token.id in params.stop_token_ids:
             reason = "stop"
@@ -254,6 +256,7 @@ class Engine:
             reason = "stop" if stopped else "length" if full or len(sequence.answer) >= params.max_tokens else None
         if reason is not None:
             self._leave(sequence)
+            self.health.adapter_succeeded(sequence.request.adapter)
             self._tell(lambda: sequence.request.sink.finish(sequence.result(reason, now)))
 
     def _end(self, sequence: Sequence, error: ServingError) -> None:
@@ -292,11 +295,3 @@ class Engine:
             call()
         except Exception:
             log.exception("a sink raised")
-
-
-def _prefixes(program: Program, limits: Limits) -> Prefixes:
-    if not limits.prefix_cache:
-        return Prefixes(program.sizes.slots, unit=program.sizes.max_seq_len)
-    # What differs in its bits by how a sequence was cut into steps may be reused only where it would have been cut the same.
-    invariant = program.cut_invariant
-    return Prefixes(program.sizes.slots, unit=1 if invariant else program.sizes.prefill_chunk, answers=invariant)

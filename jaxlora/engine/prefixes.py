@@ -9,6 +9,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
+from jaxlora.engine.program import Program
 from jaxlora.engine.slots import Sequence
 
 LEAST = 16  # tokens; to reuse fewer isn't worth a copy
@@ -46,6 +47,15 @@ class Prefixes:
         self._unit, self._answers = unit, answers
         self._clock = 0
 
+    @classmethod
+    def of(cls, program: Program, reuse: bool) -> "Prefixes":
+        """For the slots of a program; without `reuse` nothing is ever found."""
+        if not reuse:
+            return cls(program.sizes.slots, unit=program.sizes.max_seq_len)
+        # What differs in its bits by how a sequence was cut into steps may be reused only where it would have been cut the same.
+        invariant = program.cut_invariant
+        return cls(program.sizes.slots, unit=1 if invariant else program.sizes.prefill_chunk, answers=invariant)
+
     def place(self, adapter: Hashable, prompt: tuple[int, ...], free: list[int]) -> Place:
         """The best place for a prompt. The last token of a prompt is never reused, since its logits are needed.
 
@@ -67,6 +77,10 @@ class Prefixes:
     def forget(self, slot: int) -> None:
         """What the slot held is being overwritten, or isn't to be trusted."""
         self._held[slot] = None
+
+    def forget_all(self) -> None:
+        """The caches of all slots are lost."""
+        self._held = [None] * len(self._held)
 
     def hold(self, sequence: Sequence) -> None:
         """The cache of a sequence's slot holds its first `written` tokens, and will until `forget`."""

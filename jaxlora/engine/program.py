@@ -5,6 +5,7 @@ Every shape is fixed when a `Program` is made; `warm_up` compiles them all, and 
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,13 +66,12 @@ class Program:
         self.config, self.sizes, self.backend = config, sizes, backend
         self.layout = BankLayout.of(config, sizes.max_lora_rank, sizes.output_layer)
         self.bank = Bank.empty(self.layout, sizes.lora_slots, dtype)
-        self._weights = weights
-        self._state = State(
-            KVCache.empty(config, sizes.slots, sizes.max_seq_len, sizes.prefill_chunk, dtype), History.empty(sizes.slots, config.vocab_size)
-        )
+        self._weights, self._dtype = weights, dtype
+        self.reset()
         self._step = jax.jit(self._trace, donate_argnames="state", static_argnames="every_slot", compiler_options=backend.compiler_options or None)
         self._copy = jax.jit(_copy_positions, donate_argnames="state", static_argnames="length")
         self._record = jax.jit(_record_prompt, donate_argnames="state")
+        self._clear = jax.jit(_empty_slot, donate_argnames="state")
         self.cut_invariant = backend.cut_invariant
         self.batch_sizes = backend.batch_sizes(sizes.slots)
         self.chunk_lengths = backend.chunk_lengths(sizes.prefill_chunk)
@@ -79,11 +79,30 @@ class Program:
     def run(self, batch: Batch) -> Sampled:
         """One step: reads the rows' tokens, stores their keys and values, and samples a next token for every row. Waits for the result."""
         every_slot = batch.tokens.shape == (self.sizes.slots, 1)
-        self._state, sampled = self._step(
-            self._weights, self.bank, self._state, batch.tokens, batch.slots, batch.starts, batch.lengths, batch.adapters, batch.emit,
+        self.state, sampled = self._step(
+            self._weights, self.bank, self.state, batch.tokens, batch.slots, batch.starts, batch.lengths, batch.adapters, batch.emit,
             batch.sampler, every_slot=every_slot and len(self.batch_sizes) == 1,
         )
         return jax.device_get(sampled)
+
+    def reset(self) -> None:
+        """Begins with an empty state, as at the start."""
+        config, sizes = self.config, self.sizes
+        self.state = None  # so that two of them never need memory at the same time
+        cache = KVCache.empty(config, sizes.slots, sizes.max_seq_len, sizes.prefill_chunk, self._dtype)
+        self.state = State(cache, History.empty(sizes.slots, config.vocab_size))
+
+    def state_is_intact(self) -> bool:
+        """Whether the state can still be used after a step that raised: it was neither given up nor computed by what failed."""
+        return _is_usable(self.state)
+
+    def bank_is_intact(self) -> bool:
+        """The same of the adapter bank, after `put_adapter` raised."""
+        return _is_usable(self.bank)
+
+    def clear(self, slot: int) -> None:
+        """Empties a slot whose keys and values may not be finite: what is masked out still takes part in sums, as NaN times zero."""
+        self.state = self._clear(self.state, np.int32(slot))
 
     def put_adapter(self, slot: int, vector: np.ndarray, rank: int) -> None:
         """Places an adapter, packed by `layout`, into a slot of the bank."""
@@ -98,12 +117,12 @@ class Program:
         chunk = self.sizes.prefill_chunk
         for start in range(0, len(tokens), chunk):
             if source != slot:
-                self._state = self._copy(self._state, np.int32(source), np.int32(slot), np.int32(start), length=chunk)
+                self.state = self._copy(self.state, np.int32(source), np.int32(slot), np.int32(start), length=chunk)
             if record:
                 part = np.zeros((1, chunk), np.int32)
                 length = min(chunk, len(tokens) - start)
                 part[0, :length] = tokens[start : start + length]
-                self._state = self._record(self._state, np.int32([slot]), part, np.int32([start]), np.int32([length]))
+                self.state = self._record(self.state, np.int32([slot]), part, np.int32([start]), np.int32([length]))
 
     def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
         """Compiles every step. Rows are idle, so the state stays empty."""
@@ -113,11 +132,12 @@ class Program:
             self.run(idle_batch(rows, length, self.config.vocab_size))
         self.put_adapter(0, np.zeros(self.layout.size, np.float32), 0)
         self.reuse(self.sizes.slots - 1, 0, np.zeros(1, np.int32), record=True)
+        self.clear(0)
         jax.block_until_ready(self.bank)
 
     def compiled(self) -> int:
         """How many programs have been compiled; constant after `warm_up`."""
-        return sum(jitted._cache_size() for jitted in (self._step, self._copy, self._record, lora.put))
+        return sum(jitted._cache_size() for jitted in (self._step, self._copy, self._record, self._clear, lora.put))
 
     def _trace(
         self, weights: Weights, bank: Bank, state: State, tokens: Array, slots: Array, starts: Array, lengths: Array, adapters: Array,
@@ -155,6 +175,19 @@ def _copy_positions(state: State, source: Array, slot: Array, start: Array, *, l
 
 def _record_prompt(state: State, slots: Array, tokens: Array, starts: Array, lengths: Array) -> State:
     return State(state.cache, sampling.record_prompt(state.history, slots, tokens, starts, lengths))
+
+
+def _empty_slot(state: State, slot: Array) -> State:
+    return State(jax.tree.map(lambda cache: cache.at[slot].set(0), state.cache), state.history)
+
+
+def _is_usable(tree: Any) -> bool:
+    arrays = jax.tree.leaves(tree)
+    try:
+        jax.block_until_ready(arrays)
+    except Exception:  # of any kind that the failed computation raised
+        return False
+    return bool(arrays) and not any(array.is_deleted() for array in arrays)
 
 
 def idle_batch(rows: int, length: int, vocab: int) -> Batch:

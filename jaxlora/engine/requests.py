@@ -1,6 +1,7 @@
 """What the engine takes and gives back: token ids and numbers, no text, no Triton."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Hashable
 from typing import Protocol
 
@@ -101,3 +102,15 @@ class Request:
     started: Callable[[], None] = lambda: None
     account: Account = Account()
     priority: int = 0
+
+
+class Handle:
+    """A submitted request, for cancelling it. `cancelled` is looked at in every step, the next of which `wake` brings about."""
+
+    def __init__(self, cancelled: threading.Event, wake: Callable[[], None]):
+        self._cancelled, self._wake = cancelled, wake
+
+    def cancel(self) -> None:
+        """Stops the request at the next step; its sink gets `Cancelled`. Without effect once it has ended."""
+        self._cancelled.set()
+        self._wake()

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxlora.adapters.device_slots import DeviceSlots
 from jaxlora.engine.program import Program
+from jaxlora.errors import EngineError, ServingError
 from jaxlora.lora import BankLayout, Pair
 
 MAX_PENDING = 4
@@ -24,18 +25,20 @@ class HostAdapter(Protocol):
 class Residency:
     """Which adapters are on the device. Used by the engine's thread alone; reading and packing happen in other threads.
 
-    `read` gives the future of an adapter in host memory; `wake` is called, from any thread, when an adapter is ready to be placed. `placed`
+    `put_adapter` places one, as `Program.put_adapter`; `read` gives the future of an adapter in host memory; `wake` is called, from any thread, when an adapter is ready to be placed. `placed`
     is told of each one that is on the device, how many seconds after it was first asked for.
     """
 
     def __init__(
         self,
         program: Program,
+        put_adapter: Callable[[int, np.ndarray, int], None],
         read: Callable[[Hashable], "Future[HostAdapter]"],
         wake: Callable[[], None],
         placed: Callable[[float], None] = lambda seconds: None,
     ):
-        self._program, self._read, self._wake, self._placed = program, read, wake, placed
+        self._layout, self._put_adapter = program.layout, put_adapter
+        self._read, self._wake, self._placed = read, wake, placed
         self._asked: dict[Hashable, float] = {}
         self._slots = DeviceSlots(program.sizes.lora_slots)
         self._pending: dict[Hashable, Future[tuple[np.ndarray, int]]] = {}
@@ -48,7 +51,7 @@ class Residency:
         At most one adapter is placed by a call, so that running rows never wait for more than one copy.
 
         Raises:
-            What reading the adapter raised; the next call tries again.
+            ServingError: the adapter can't be read or placed; the next call tries again.
         """
         if self._slots.is_loaded(key):
             return self._slots.acquire(key).slot
@@ -62,15 +65,20 @@ class Residency:
             return None
         if future.exception() is not None:
             del self._asked[key]
-            raise self._pending.pop(key).exception()
+            raise _failure(self._pending.pop(key).exception())
         acquired = self._slots.acquire(key)
         if acquired is None:
             return None
         vector, rank = self._pending.pop(key).result()
-        self._program.put_adapter(acquired.slot, vector, rank)
+        asked = self._asked.pop(key)
+        try:
+            self._put_adapter(acquired.slot, vector, rank)
+        except Exception:
+            self._slots.release(key)
+            raise
         self._slots.set_loaded(key)
         self.placed += 1
-        self._placed(time.monotonic() - self._asked.pop(key))
+        self._placed(time.monotonic() - asked)
         return acquired.slot
 
     def release(self, key: Hashable) -> None:
@@ -96,7 +104,7 @@ class Residency:
 
         def pack(done: "Future[HostAdapter]") -> None:
             try:
-                packed.set_result(pack_adapter(self._program.layout, done.result()))
+                packed.set_result(pack_adapter(self._layout, done.result()))
             except BaseException as error:
                 packed.set_exception(error)
             self._wake()
@@ -106,6 +114,10 @@ class Residency:
         except Exception as error:
             packed.set_exception(error)
         return packed
+
+
+def _failure(error: BaseException) -> ServingError:
+    return error if isinstance(error, ServingError) else EngineError(f"the adapter can't be loaded: {error}")
 
 
 def pack_adapter(layout: BankLayout, adapter: HostAdapter) -> tuple[np.ndarray, int]:

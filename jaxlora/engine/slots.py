@@ -12,7 +12,8 @@ from jaxlora.engine.sampling import Sampled
 @dataclasses.dataclass(eq=False)
 class Sequence:
     """One request inside the engine. `written` counts the tokens whose keys and values are in the cache, `cached` those that
-    were there before it came."""
+    were there before it came, `handed_out` those of the answer that its sink has got: more than `answer` holds, while a sequence that had
+    to begin anew repeats itself. A `suspect` took part in a step that failed."""
 
     request: Request
     submitted: float
@@ -24,10 +25,18 @@ class Sequence:
     written: int = 0
     cached: int = 0
     answer: list[int] = dataclasses.field(default_factory=list)
+    handed_out: int = 0
+    suspect: bool = False
 
     @property
     def prefilling(self) -> bool:
         return self.written < len(self.request.prompt)
+
+    def begin_anew(self, suspect: bool) -> None:
+        """Back to the beginning of the prompt, since the cache was lost; a `suspect` took part in the step that lost it."""
+        self.suspect = suspect or self.suspect
+        self.written = self.cached = 0
+        self.answer.clear()
 
     def deadline(self, queue_timeout_s: float) -> float:
         """When it has waited too long, in seconds of `time.monotonic`: for a slot, or as its own time-out says."""

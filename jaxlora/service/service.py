@@ -11,8 +11,9 @@ from jaxlora.adapters import AdapterVersion, CatalogueReader, HostCache, catalog
 from jaxlora.checkpoint import resolve
 from jaxlora.compilation import keep_compiled_programs
 from jaxlora.config import ModelConfig
-from jaxlora.engine import Engine, Handle, Program, Request, Sizes
-from jaxlora.errors import ServingError, SetupError
+from jaxlora.engine import Engine, FaultyProgram, Handle, Health, Program, Request, Sizes, Thresholds
+from jaxlora.errors import EngineError, ServingError, SetupError
+from jaxlora.faults import parse
 from jaxlora.peft import Limits as PeftLimits
 from jaxlora.peft import LoraAdapter, read
 from jaxlora.service.accounts import account_of, limits_of
@@ -37,6 +38,7 @@ class LoraService:
         progress: told what is going on while the model loads and compiles, line by line.
         catalogue: another catalogue of the store than the one that its server keeps.
         log: where the line of each request goes; closed with the service.
+        stopped: told why, once the engine has stopped by itself and every request has ended.
 
     Raises:
         SetupError: the base model can't be served with these settings.
@@ -49,6 +51,7 @@ class LoraService:
         progress: Callable[[str], None] = lambda line: None,
         catalogue: CatalogueReader | None = None,
         log: RequestLog | None = None,
+        stopped: Callable[[EngineError], None] = lambda error: None,
     ):
         self.settings = settings
         keep_compiled_programs(settings.cache_dir)
@@ -74,12 +77,16 @@ class LoraService:
         )
         program = Program(self.config, loaded, chosen, sizes, settings.dtype)
         program.warm_up(progress)
+        if settings.faults:
+            progress(f"FAULTS: {settings.faults}")
+            program = FaultyProgram(program, parse(settings.faults))
         self._limits = PeftLimits.of(settings)
         self._catalogue = catalogue or CatalogueReader(catalogue_path(settings.cache_dir, store))
         describe_prompt = self.tokenizer.decode if settings.log_prompts else None
         self.observer = Observer(Registry(), log or RequestLog(), settings.metrics_adapters, describe_prompt)
         self._host = HostCache(settings.adapter_host_cache_bytes, self._read)
-        self.engine = Engine(program, self._fetch, limits_of(settings), self._placed)
+        health = Health(_thresholds(settings), settings.max_slots)
+        self.engine = Engine(program, self._fetch, limits_of(settings), self._placed, health, self._host.clear, stopped)
         self.state = StateRecorder(settings, self.observer, self.engine, self._host, self._catalogue)
 
     def submit(
@@ -129,6 +136,10 @@ class LoraService:
         self.observer.accepted(observed)
         return handle
 
+    def drain(self) -> None:
+        """Takes no more requests; returns when those that there are have ended, at the latest after GRACE_S."""
+        self.engine.stop(self.settings.grace_s)
+
     def close(self) -> None:
         """Stops the engine; requests that have not finished fail as `Unavailable`."""
         self.engine.stop()
@@ -151,3 +162,15 @@ class LoraService:
 
     def _placed(self, seconds: float) -> None:
         self.observer.registry.observe("lora_adapter_load_seconds", "device", value=seconds)
+
+
+def _thresholds(settings: Settings) -> Thresholds:
+    return Thresholds(
+        queue_s=settings.breaker_queue_s,
+        token_s=settings.breaker_token_s,
+        window_s=settings.breaker_window_s,
+        open_s=settings.breaker_open_s,
+        adapter_failures=settings.breaker_adapter_failures,
+        adapter_open_s=settings.breaker_adapter_s,
+        memory_grow_s=settings.breaker_memory_s,
+    )

@@ -51,6 +51,11 @@ class StateRecorder:
         set("lora_engine_up", value=float(self._engine.healthy))
         set("lora_engine_steps_total", value=load["steps"])
         set("lora_prompt_tokens_reused_total", value=load["prompt_tokens_reused"])
+        set("lora_slots_allowed", value=self._engine.health.allowed_rows())
+        for breaker, state in self._engine.health.states().items():
+            set("lora_breaker_state", breaker, value=state)
+        for labels, count in self._engine.health.faults().items():
+            set("lora_faults_total", *labels, value=count)
         set("lora_compiled_programs", value=load["compiled"])
         set("lora_adapters_resident", "device", value=load["adapters_resident"])
         set("lora_adapter_loads_total", "device", value=load["adapters_placed"])

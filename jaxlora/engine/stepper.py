@@ -1,0 +1,209 @@
+"""Runs steps so that a fault ends only the requests that cause it.
+
+A step that raises is tried again in halves, until it is known for which sequence alone it fails twice. Where the fault took the state
+along, which a step updates in place, the state begins anew, and so does every sequence that runs: since a request determines its tokens,
+those that were handed out already come again and are not handed out twice. Those of the failed step then run one by one, until they are past it.
+A step of idle rows that fails as well shows that no request is to blame.
+"""
+
+import dataclasses
+import gc
+import logging
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from jaxlora.engine.health import Health
+from jaxlora.engine.program import Batch, Program, idle_batch
+from jaxlora.engine.sampling import Sampled
+from jaxlora.engine.slots import Sequence, decode_batch, prefill_batch, row_numbers
+from jaxlora.errors import EngineError, ServingError, Unavailable
+
+log = logging.getLogger(__name__)
+
+
+class Broken(Exception):
+    """Steps fail whoever takes part in them: the engine can't go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a step gave a sequence: `length` more tokens in the cache and a row of `sampled`, or the error that ends it."""
+
+    sequence: Sequence
+    length: int = 0
+    sampled: Sampled | None = None
+    row: int = 0
+    error: ServingError | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A kind of step: its name, and what makes the batch of some sequences, with the row that each of them has in it."""
+
+    name: str
+    batch: Callable[[list[Sequence]], tuple[Batch, list[int]]]
+
+
+class Stepper:
+    """Steps of one `Program`.
+
+    Arguments:
+        begin_anew: has every sequence that runs begin anew, since the state is lost; told of those that took part in the step that lost it.
+        relieve: gives memory back that can be done without.
+    """
+
+    def __init__(self, program: Program, health: Health, begin_anew: Callable[[list[Sequence]], None], relieve: Callable[[], None]):
+        self._program, self._health, self._begin_anew, self._relieve = program, health, begin_anew, relieve
+        self._by_slot = len(program.batch_sizes) == 1
+        self._resets = 0
+
+    def chunk(self, sequence: Sequence) -> int:
+        """How many tokens the next prefill step of a sequence has, with those that fill it up."""
+        left = len(sequence.request.prompt) - sequence.written
+        return next((length for length in self._program.chunk_lengths if length >= left), self._program.sizes.prefill_chunk)
+
+    def prefill(self, sequences: list[Sequence]) -> Iterator[Outcome]:
+        """The next chunk of each sequence's prompt; otherwise as `decode`."""
+        return self._run(_Step("prefill", self._prefill_batch), sequences)
+
+    def decode(self, sequences: list[Sequence]) -> Iterator[Outcome]:
+        """The next token of each sequence, in one step if all is well. An outcome has to be dealt with before the next one is asked for.
+
+        Raises:
+            Broken: it is no request's fault.
+        """
+        return self._run(_Step("decode", self._decode_batch), sequences)
+
+    def put_adapter(self, slot: int, vector: np.ndarray, rank: int) -> None:
+        """As `Program.put_adapter`; tries twice where memory is short.
+
+        Raises:
+            ServingError: this adapter can't be placed.
+            Broken: the adapters on the device are lost.
+        """
+        for attempt in range(2):
+            try:
+                return self._program.put_adapter(slot, vector, rank)
+            except Exception as error:
+                log.warning("an adapter could not be placed: %s", cause_of(error))
+                self._count("adapter", error, rows=1)
+                if not self._program.bank_is_intact():
+                    raise Broken(f"a fault took the adapters on the device along: {cause_of(error)}") from error
+                if attempt or not is_out_of_memory(error):
+                    raise failure("adapter", error) from error
+
+    def reuse(self, source: int, slot: int, tokens: np.ndarray, record: bool) -> bool:
+        """As `Program.reuse`. If it gives False, that was not possible, and the prompt has to be read from its beginning."""
+        try:
+            self._program.reuse(source, slot, tokens, record)
+        except Exception as error:
+            log.warning("the beginning of a prompt could not be reused: %s", cause_of(error))
+            self._count("prefill", error, rows=1)
+            if not self._program.state_is_intact():
+                self._health.fault("prefill", "state_lost")
+                self._lost([])
+            return False
+        return True
+
+    def _prefill_batch(self, sequences: list[Sequence]) -> tuple[Batch, list[int]]:
+        (sequence,) = sequences
+        return prefill_batch(sequence, self.chunk(sequence), self._program.config.vocab_size), [0]
+
+    def _decode_batch(self, sequences: list[Sequence]) -> tuple[Batch, list[int]]:
+        size = next(size for size in self._program.batch_sizes if size >= len(sequences))
+        rows = row_numbers(sequences, self._by_slot)
+        return decode_batch(sequences, rows, size, self._program.config.vocab_size), rows
+
+    def _run(self, step: _Step, sequences: list[Sequence]) -> Iterator[Outcome]:
+        allowed, resets = self._health.allowed_rows(), self._resets
+        suspects = [[sequence] for sequence in sequences if sequence.suspect]
+        others = [sequence for sequence in sequences if not sequence.suspect]
+        for group in [*suspects, *(others[at : at + allowed] for at in range(0, len(others), allowed))]:
+            if self._resets == resets:
+                yield from self._attempt(step, group)
+
+    def _attempt(self, step: _Step, group: list[Sequence], last: bool = False) -> Iterator[Outcome]:
+        batch, rows = step.batch(group)
+        try:
+            sampled = self._program.run(batch)
+        except Exception as error:
+            log.warning("a %s step of %d rows failed: %s", step.name, len(group), cause_of(error))
+            yield from self._recover(step, group, last, error)
+            return
+        for sequence, row in zip(group, rows, strict=True):
+            if not sampled.ok[row]:
+                self._health.fault(step.name, "not_finite")
+                self._program.clear(sequence.slot)
+                yield self._failed(sequence, EngineError("the model's logits are not finite", "not_finite"))
+            else:
+                yield Outcome(sequence, int(batch.lengths[row]), sampled, row)
+
+    def _recover(self, step: _Step, group: list[Sequence], last: bool, error: Exception) -> Iterator[Outcome]:
+        self._count(step.name, error, len(group))
+        if not self._program.state_is_intact():
+            self._health.fault(step.name, "state_lost")
+            if len(group) == 1 and group[0].suspect:
+                yield self._failed(group[0], failure(step.name, error))
+            self._lost(group)
+            return
+        if not is_out_of_memory(error):
+            self._probe(error)
+        if len(group) == 1:
+            if last:
+                yield self._failed(group[0], failure(step.name, error))
+            else:
+                yield from self._attempt(step, group, last=True)
+            return
+        half, resets = len(group) // 2, self._resets
+        for part in (group[:half], group[half:]):
+            if self._resets == resets:
+                yield from self._attempt(step, part)
+
+    def _count(self, place: str, error: Exception, rows: int) -> None:
+        """Counts a fault, and gets memory back where that was the cause."""
+        out_of_memory = is_out_of_memory(error)
+        self._health.fault(place, "out_of_memory" if out_of_memory else "exception")
+        if out_of_memory:
+            if rows > 1:  # one alone would not be helped by fewer
+                self._health.out_of_memory(rows)
+            self._relieve()
+            gc.collect()
+
+    def _failed(self, sequence: Sequence, error: ServingError) -> Outcome:
+        self._health.adapter_failed(sequence.request.adapter, error)
+        return Outcome(sequence, error=error)
+
+    def _lost(self, suspects: list[Sequence]) -> None:
+        try:
+            self._program.reset()
+        except Exception as error:
+            raise Broken(f"a fault took the state along, and it can't be made anew: {cause_of(error)}") from error
+        self._resets += 1
+        log.warning("a fault took the state along; all that runs begins anew")
+        self._begin_anew(suspects)
+
+    def _probe(self, error: Exception) -> None:
+        try:
+            self._program.run(idle_batch(self._program.batch_sizes[0], 1, self._program.config.vocab_size))
+        except Exception as again:
+            raise Broken(cause_of(again)) from error
+
+
+def failure(place: str, error: Exception) -> ServingError:
+    """What the request is told that `error` ended in a step, or as its adapter was placed."""
+    if is_out_of_memory(error):
+        return Unavailable(f"the device has no memory left for this request ({place}): {cause_of(error)}", 1, "out_of_memory")
+    return EngineError(f"the {place} step failed for this request: {cause_of(error)}", "exception")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether host or device had no memory. XLA's errors tell by their text only."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def cause_of(error: Exception) -> str:
+    """Type and first line of an exception, short enough for an answer."""
+    if isinstance(error, Broken):
+        return str(error)
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
