@@ -1,8 +1,9 @@
-"""`python -m server`: the server of this project in the foreground, until Ctrl-C.
+"""`python -m server`: the server of this project in the foreground, until Ctrl-C; started again whenever its engine has stopped.
 
 Knows what to show a person: what is wrong with the settings, how far the start is, what to type when it is ready.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -14,21 +15,21 @@ from jaxlora.errors import SetupError
 from jaxlora.settings import Settings
 from server import preflight, repository
 from server.backend import PROGRESS
-from server.launch import ServerDied, TritonServer
+from server.launch import EngineStopped, ServerDied, TritonServer
+from server.restarts import Backoff
 
 
 def main() -> int:
     # SIGINT too: a shell starts background jobs with it ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    started = time.monotonic()
     try:
         settings = Settings.read(parameters=repository.parameters(repository.REPOSITORY))
-        preflight.check(settings, progress=_say)
-        with TritonServer(settings, on_line=_forward) as server:
-            _say(f"ready after {time.monotonic() - started:.0f} s\n")
-            print(_welcome(server), flush=True)
-            server.wait()
+        backoff = Backoff()
+        for restarts in itertools.count():
+            pause = backoff.pause_s(_serve(settings, restarts))
+            _say(f"starting again in {pause:g} s")
+            time.sleep(pause)
     except SetupError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -39,6 +40,21 @@ def main() -> int:
     except KeyboardInterrupt:
         _say("stopped")
     return 0
+
+
+def _serve(settings: Settings, restarts: int) -> float:
+    """Serves until the engine stops; gives the seconds that it served."""
+    started = time.monotonic()
+    preflight.check(settings, progress=_say)
+    with TritonServer(settings, on_line=_forward, restarts=restarts) as server:
+        ready = time.monotonic()
+        _say(f"ready after {ready - started:.0f} s\n")
+        print(_welcome(server), flush=True)
+        try:
+            server.wait()
+        except EngineStopped as error:
+            _say(f"{error}; the log is {server.log_path}")
+        return time.monotonic() - ready
 
 
 def _say(text: str) -> None:

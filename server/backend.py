@@ -71,6 +71,16 @@ def send_error(response_sender: Any, error: BaseException) -> None:
     response_sender.send(error_response(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
+def unload(model: str) -> None:
+    """Takes a model out of service, so that it shows as not ready. Returns at once: Triton finalizes it when its requests have ended."""
+    import triton_python_backend_utils as pb_utils
+
+    try:
+        pb_utils.unload_model(model)
+    except Exception as error:  # in another model control mode than EXPLICIT
+        print(f"{model} can't be taken out of service: {error}", flush=True)
+
+
 def refusing(initialize: Callable[[Any, dict[str, str]], None]) -> Callable[[Any, dict[str, str]], None]:
     """Decorates `initialize`: a SetupError or ServingError becomes the text of the 400 that answers the load.
 

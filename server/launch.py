@@ -19,10 +19,13 @@ from collections.abc import Callable, Mapping
 
 from jaxlora.settings import Settings
 from server import access, installation, repository
+from server.lifeline import Lifeline
 
 EXIT_TIMEOUT_S = 10
-"""How long the server may take to finish what is in flight when it is told to stop."""
+"""How long the server may take to end once the answers in flight have had their GRACE_S."""
 
+# When all processes of its models have ended, or one has crashed. Triton waits for EXIT_TIMEOUT_S for a model whose last load failed, or which crashed.
+_IDLE_EXIT_S = 1.5
 # A first compilation of all programs, on a slow machine. Triton's own limit is 30 s.
 _STUB_TIMEOUT_S = 3600
 # Becomes another program, which is told to stop when the thread that started it ends: prctl(PR_SET_PDEATHSIG, SIGTERM).
@@ -39,6 +42,10 @@ class ServerDied(Exception):
     """The server ended by itself. `str()` tells why, as far as its log tells, and where the log is."""
 
 
+class EngineStopped(Exception):
+    """The server runs, but can't answer any more. `str()` tells why."""
+
+
 class TritonServer:
     """A Triton server over a model repository, as a context manager.
 
@@ -50,6 +57,7 @@ class TritonServer:
         environ: the environment to start from.
         on_line: called with every line of output, from a thread of its own.
         arguments: further arguments for `tritonserver`.
+        restarts: how many servers before this one had to be replaced, for its metrics.
 
     `start` must be called from a thread that lives as long as the server may: when that thread ends, even by SIGKILL, the server is
     told to stop.
@@ -65,6 +73,7 @@ class TritonServer:
         environ: Mapping[str, str] = os.environ,
         on_line: Callable[[str], None] | None = None,
         arguments: tuple[str, ...] = (),
+        restarts: int = 0,
     ):
         self.settings = settings
         self.model_repository = model_repository
@@ -78,6 +87,7 @@ class TritonServer:
         self._on_line = on_line or (lambda line: None)
         self._arguments = arguments
         self._shared_memory = f"jaxlora-{uuid.uuid4().hex[:12]}-"
+        self._lifeline = Lifeline(restarts)
         self._process: subprocess.Popen | None = None
         self._reader: threading.Thread | None = None
 
@@ -112,6 +122,7 @@ class TritonServer:
         found = installation.find(self.settings.cache_dir, self._environ)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         repository.compile_models(self.model_repository, self.models)
+        self._lifeline.open()
         self._process = subprocess.Popen(
             # Not `preexec_fn`: that forks this process, which may have JAX's threads in it.
             [sys.executable, "-I", "-S", "-c", _UNTIL_PARENT_ENDS, str(os.getpid()), *self._command(found)],
@@ -158,22 +169,28 @@ class TritonServer:
         """Returns never, while all goes well.
 
         Raises:
+            EngineStopped: a model's engine has stopped, or its process crashed.
             ServerDied: the server has ended.
         """
         while not self.has_ended():
+            if self._lifeline.failure is not None:
+                raise EngineStopped(self._lifeline.failure)
             time.sleep(0.2)
         raise ServerDied(self._obituary())
 
     def stop(self, timeout_s: float = EXIT_TIMEOUT_S + 5) -> None:
-        """Stops the server and every process it started. What is in flight may finish within EXIT_TIMEOUT_S. Does nothing twice."""
+        """Stops the server and every process it started. What is in flight may finish within GRACE_S. Does nothing twice."""
         process = self._process
         if process is None or process.returncode is not None:
             return
         try:
-            deadline = time.monotonic() + timeout_s
             if not self.has_ended():
+                self._lifeline.drain(self.settings.grace_s + 5)
                 process.terminate()
+            deadline = time.monotonic() + (_IDLE_EXIT_S if self._lifeline.crashed else timeout_s)
             while not self.has_ended() and time.monotonic() < deadline:
+                if _living(process.pid) == 1:
+                    deadline = min(deadline, time.monotonic() + _IDLE_EXIT_S)
                 time.sleep(0.05)
         finally:  # also when a second Ctrl-C comes in
             self.kill()
@@ -185,6 +202,7 @@ class TritonServer:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             self._reader.join(timeout=5)
+            self._lifeline.close()
             for segment in pathlib.Path("/dev/shm").glob(f"{self._shared_memory}*"):
                 segment.unlink(missing_ok=True)
 
@@ -225,7 +243,7 @@ class TritonServer:
         return [*command, *self._arguments]
 
     def _environment(self, found: installation.Installation) -> dict[str, str]:
-        environment = {**self._environ, **self.settings.environment()}
+        environment = {**self._environ, **self.settings.environment(), **self._lifeline.environment}
         environment.pop("AIP_MODE", None)  # it would open Vertex AI's routes, which ask for no key
         before = {
             "PATH": [pathlib.Path(sys.prefix, "bin")],  # the Python backend takes its packages from the first python3 there
@@ -254,6 +272,18 @@ class TritonServer:
 
 
 _PEEK = os.WEXITED | os.WNOWAIT
+
+
+def _living(group: int) -> int:
+    """The number of processes of a group that have not ended."""
+    count = 0
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = stat.read_text().rpartition(") ")[2].split()[:3]
+        except OSError:
+            continue  # it has ended meanwhile
+        count += int(its_group) == group and state != "Z"
+    return count
 
 
 def failed_load(line: str) -> str | None:

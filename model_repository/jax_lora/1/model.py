@@ -7,12 +7,12 @@ from typing import Any
 from replies import Replies, Sender, Watcher
 
 from jaxlora.adapters import AdapterVersion
-from jaxlora.errors import InvalidRequest
+from jaxlora.errors import EngineError, InvalidRequest
 from jaxlora.service.fields import INPUT_IDS, merge_fields
 from jaxlora.service.plan import Plan
 from jaxlora.service.request_log import RequestLog
 from jaxlora.service.service import LoraService
-from server import backend
+from server import backend, lifeline
 from server.metrics_channel import Sender as MetricsSender
 
 
@@ -21,9 +21,13 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         self.settings = backend.settings(args)
         store = pathlib.Path(args["model_repository"]).parent / "adapters"
-        self.service = LoraService(self.settings, store, backend.progress, log=RequestLog(self.settings.request_log))
+        self.name = args["model_name"]
+        log = RequestLog(self.settings.request_log)
+        self.service = LoraService(self.settings, store, backend.progress, log=log, stopped=self._stopped)
+        self.service.observer.registry.add("lora_engine_restarts_total", amount=lifeline.restarts())
         self.sender, self.watcher = Sender(), Watcher()
         self.metrics = MetricsSender(self.service.observer.registry, self.service.state.record)
+        self.lifeline = lifeline.Member(self._drain)
 
     def execute(self, requests: list[Any]) -> None:
         """Hands each request to the engine and returns at once: the answers come from the sender's thread."""
@@ -50,6 +54,17 @@ class TritonPythonModel:
         self.watcher.close()
         self.sender.close()
         self.metrics.close()
+        self.lifeline.close()
+
+    def _drain(self) -> None:
+        """Finishes what runs, and returns when every answer has been sent."""
+        self.service.drain()
+        self.sender.close()
+
+    def _stopped(self, error: EngineError) -> None:
+        """The engine has stopped by itself: an unloaded model is not ready, and whoever watches starts it again."""
+        self.lifeline.stopped(str(error))
+        backend.unload(self.name)
 
     def _check(self, request: Any) -> tuple[list[tuple[Plan, AdapterVersion | None]], bool]:
         """The rows of a request, checked, and whether it streams."""
