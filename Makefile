@@ -19,6 +19,8 @@ PARITY := .venv-parity/.made-$(call hash,environments/payload.in environments/pa
 BENCH := .venv-bench/.made-$(call hash,environments/bench.in environments/bench.lock)
 BENCH_VLLM := .venv-bench-vllm/.made-$(call hash,environments/bench-vllm.in environments/bench-vllm.lock)
 BENCH_LLAMA := .venv-bench-llama/.made-$(call hash,environments/bench-llama.in bench/build-llama-server.sh)
+PERF_TOOLS := .venv-perf-tools/.made-$(call hash,environments/perf-tools.in environments/perf-tools.lock)
+PERF := .venv-perf/.made-$(call hash,environments/perf.in bench/install-perf-analyzer.sh)
 NEXT := .venv-next/.made-$(call hash,environments/payload.in environments/serve.in)
 
 .PHONY: help
@@ -54,6 +56,14 @@ bench: $(SERVE) $(BENCH) ## measure side by side with the peers that are install
 bench-quick: $(SERVE) $(BENCH) ## measure this server alone, in a minute or two
 	@.venv/bin/python -m bench --systems engine,triton --dtypes bfloat16 --shapes 64/64 --streams 1,16 --scenarios none $(ARGS)
 
+.PHONY: perf
+perf: $(SERVE) $(if $(shell command -v perf_analyzer),,$(PERF)) ## measure a server with perf_analyzer; starts one if none runs (ARGS="--help")
+	@.venv/bin/python -m bench.perf $(ARGS)
+
+.PHONY: perf-tools
+perf-tools: $(PERF) $(PERF_TOOLS) ## install genai-perf and aiperf into .venv-perf-tools (1.2 GB)
+	@:
+
 # One that can't be installed does not keep the others away; the benchmark shows it as missing.
 .PHONY: bench-peers
 bench-peers: ## install what the benchmark compares with: Transformers + PEFT, llama.cpp, vLLM (5 GB)
@@ -72,13 +82,13 @@ lock: $(SERVE) $(PARITY) ## resolve environments/*.in again and write the lock f
 	grep -v '^#' environments/payload.in >> environments/serve.lock.new; \
 	resolve .venv-parity -r environments/parity.in | .venv-parity/bin/python environments/lock.py \
 	    "Made by \`make lock\` from parity.in; used as constraints." > environments/parity.lock.new; \
-	for name in bench bench-vllm; do resolve .venv --only-binary :all: -r environments/$$name.in | .venv/bin/python environments/lock.py \
+	for name in bench bench-vllm perf-tools; do resolve .venv --only-binary :all: -r environments/$$name.in | .venv/bin/python environments/lock.py \
 	    "Made by \`make lock\` from $$name.in; used as constraints." > environments/$$name.lock.new; done; \
-	for name in serve parity bench bench-vllm; do mv environments/$$name.lock.new environments/$$name.lock; done; git diff --stat environments
+	for name in serve parity bench bench-vllm perf-tools; do mv environments/$$name.lock.new environments/$$name.lock; done; git diff --stat environments
 
 .PHONY: clean
 clean: ## remove the virtual environments and what the tests leave
-	rm -rf .venv .venv-parity .venv-next .venv-bench .venv-bench-vllm .venv-bench-llama .pytest_cache
+	rm -rf .venv .venv-parity .venv-next .venv-bench .venv-bench-vllm .venv-bench-llama .venv-perf .venv-perf-tools .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The hash in the stamp's name is the condition, so the files are no prerequisites: a checkout changes their times.
@@ -104,3 +114,10 @@ $(BENCH_LLAMA):
 	@environments/make-venv.sh .venv-bench-llama incomplete newest -r environments/bench-llama.in
 	@bench/build-llama-server.sh .venv-bench-llama $$(sed -n 's/^# llama-cpp-python==//p' environments/bench-llama.in)
 	@mv .venv-bench-llama/incomplete $@
+
+$(PERF): $(SERVE)
+	@bench/install-perf-analyzer.sh .venv-perf $$(sed -nE 's/^(# )?([a-z-]+==)/\2/p' environments/perf.in)
+	@touch $@
+
+$(PERF_TOOLS):
+	@PAYLOAD=$$(sed -n 's/^# \(genai-perf==\)/\1/p' environments/perf-tools.in) environments/make-venv.sh .venv-perf-tools $(@F) library -r environments/perf-tools.in -c environments/perf-tools.lock
