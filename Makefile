@@ -48,6 +48,10 @@ test-parity: $(PARITY) ## compare with Transformers and PEFT, live
 test-next: $(NEXT) ## run the library's tests on the newest JAX and NumPy 2
 	@.venv-next/bin/python -m pytest --ignore=tests/triton $(ARGS)
 
+.PHONY: test-docker
+test-docker: ## hold the container's files to the tools that read them; needs no Docker engine
+	@docker/check.sh
+
 .PHONY: bench
 bench: $(SERVE) $(BENCH) ## measure side by side with the peers that are installed (ARGS="--help" lists options)
 	@.venv/bin/python -m bench $(ARGS)
@@ -88,7 +92,7 @@ lock: $(SERVE) $(PARITY) ## resolve environments/*.in again and write the lock f
 
 .PHONY: clean
 clean: ## remove the virtual environments and what the tests leave
-	rm -rf .venv .venv-parity .venv-next .venv-bench .venv-bench-vllm .venv-bench-llama .venv-perf .venv-perf-tools .pytest_cache
+	rm -rf .venv .venv-parity .venv-next .venv-docker .venv-bench .venv-bench-vllm .venv-bench-llama .venv-perf .venv-perf-tools .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The hash in the stamp's name is the condition, so the files are no prerequisites: a checkout changes their times.
