@@ -12,6 +12,7 @@ from bench.worker import Answer, Request, serve
 from jaxlora.engine import Request as EngineRequest
 from jaxlora.engine import Result, SamplingParams, Token
 from jaxlora.errors import ServingError
+from jaxlora.service.accounts import account_of
 from jaxlora.service.service import LoraService
 from jaxlora.settings import Settings
 
@@ -57,7 +58,7 @@ class EngineDriver:
             _, adapter = self._service.check({"lora_name": request.adapter}, request.prompt)
             sinks.append(Collector(gate))
             params = SamplingParams(max_tokens=request.answer)
-            self._service.engine.submit(EngineRequest(tuple(request.prompt), params, sinks[-1], adapter))
+            self._service.engine.submit(EngineRequest(tuple(request.prompt), params, sinks[-1], adapter, account=account_of(adapter)))
         for sink in sinks:
             sink.done.wait()
             if sink.error is not None:

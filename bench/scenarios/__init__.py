@@ -1,4 +1,4 @@
-"""What a table of streams does not show: many adapters, publishing, starting, repeated prompts, the wire, training.
+"""What a table of streams does not show: many adapters, fairness, publishing, starting, repeated prompts, the wire, training.
 
 A scenario is a function from a `Context` to `{"title", "columns", "rows", "note"}` for the report, with its numbers beside.
 """
@@ -6,12 +6,13 @@ A scenario is a function from a `Context` to `{"title", "columns", "rows", "note
 from collections.abc import Callable
 from typing import Any
 
-from bench.scenarios import prefix, publishing, starts, training, wire, zipf
+from bench.scenarios import fairness, prefix, publishing, starts, training, wire, zipf
 from bench.scenarios.context import Context, Skipped
 
 SCENARIOS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "wire": wire.measure,
     "zipf": zipf.measure,
+    "fairness": fairness.measure,
     "publish": publishing.measure,
     "starts": starts.measure,
     "prefix": prefix.measure,
