@@ -37,10 +37,10 @@ def admit(queue, now=0.0):
     return admitted
 
 
-def serve(queue, slots_of, tokens):
-    """Every running one gets so many tokens."""
-    for each in slots_of:
-        each.answer += [0] * tokens
+def serve(running, tokens):
+    """Each gets so many tokens."""
+    for each in running:
+        each.handed_out += tokens
 
 
 def test_one_account_is_served_in_order_of_arrival_and_fills_every_slot():
@@ -76,7 +76,7 @@ def test_a_token_of_an_answer_counts_twice_one_of_a_prompt():
     queue = FairQueue(1, 0, Limits())
     first = add(queue, A, prompt=10)
     admit(queue)
-    serve(queue, [first], 6)
+    serve([first], 6)
     add(queue, A), add(queue, A)
     queue.add(sequence(B, prompt=21)), queue.add(sequence(B))
     order = []
@@ -150,7 +150,7 @@ def test_whose_prompt_is_read_next():
         found.started = found.submitted
         queue.start(found)
     assert queue.next_prompt([long, short]) is short
-    short.answer += [0] * 50
+    serve([short], 50)
     assert queue.next_prompt([long, short]) is long
 
 
@@ -220,7 +220,7 @@ def test_tokens_are_given_back_at_the_end():
     assert caught.value.reason == "rate_limited"
     assert len(queue) == 1
     admit(queue)
-    serve(queue, [first], 40)
+    serve([first], 40)
     queue.end(first)
     second = add(queue, prompt=10, max_tokens=50)
     queue.end(second)

@@ -126,7 +126,7 @@ class FairQueue:
             lane.settled += _cost(sequence)
             self._free += 1
             self._count(self._running, account, -1)
-            unused = _most_tokens(sequence) - len(sequence.request.prompt) - len(sequence.answer)
+            unused = _most_tokens(sequence) - len(sequence.request.prompt) - sequence.handed_out
         else:
             lane.waiting.remove(sequence)
             self._count(self._waiting, account, -1)
@@ -151,7 +151,7 @@ class FairQueue:
 
     def _open_slots(self, lane: _Lane) -> int:
         """How many slots are free for a lane, less than 1 if none is."""
-        present = len(self._lanes.keys() | {lane.account})
+        present = len(self._lanes) + (lane.account not in self._lanes)
         has_its_share = len(lane.running) >= self._shared_slots / present
         free = self._free - (self._limits.reserved_slots if has_its_share else 0)
         bounds = (bounds.max_running - self._running[party] for party, bounds in self._limits.of(lane.account) if bounds.max_running)
@@ -171,7 +171,7 @@ class FairQueue:
 
 
 def _cost(sequence: Sequence) -> int:
-    return PROMPT_COST * (len(sequence.request.prompt) - sequence.cached) + ANSWER_COST * len(sequence.answer)
+    return PROMPT_COST * (len(sequence.request.prompt) - sequence.cached) + ANSWER_COST * sequence.handed_out
 
 
 def _most_tokens(sequence: Sequence) -> int:
