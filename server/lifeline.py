@@ -38,6 +38,10 @@ class Lifeline:
         self._listening.listen()
         threading.Thread(target=self._accept, name="lifeline", daemon=True).start()
 
+    def members(self) -> int:
+        """How many models hold an engine now."""
+        return len(self._members)
+
     def drain(self, timeout_s: float) -> None:
         """Asks every model to take no more and finish what it has; returns when all have, or after `timeout_s` seconds."""
         with self._changed:
@@ -61,6 +65,7 @@ class Lifeline:
                 return
             with self._changed:
                 self._members.add(member)
+                self._changed.notify_all()
             threading.Thread(target=self._listen, args=(member,), daemon=True).start()
 
     def _listen(self, member: socket.socket) -> None:

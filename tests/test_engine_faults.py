@@ -3,6 +3,7 @@
 import re
 from concurrent.futures import Future
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from jaxlora.engine import Engine, Program, Request, SamplingParams, Sizes
 from jaxlora.engine.breakers import State
 from jaxlora.engine.faults import FaultyProgram
 from jaxlora.engine.health import Health, Thresholds
+from jaxlora.engine.stepper import is_out_of_memory
 from jaxlora.errors import EngineError, ServingError, Unavailable
 from jaxlora.faults import parse
 from jaxlora.native import load
@@ -191,6 +193,19 @@ def test_a_slow_step_opens_the_latency_breaker(start):
     assert len(asked(engine, 1).tokens()) == 20, "what was accepted is answered"
     with pytest.raises(Unavailable, match="time per output token is 0.0"):
         asked(engine, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes."), True),
+        (jax.errors.JaxRuntimeError("INTERNAL: Buffer Definition Event: Error preparing computation: Out of memory allocating 61944064 bytes."), True),
+        (jax.errors.JaxRuntimeError("INTERNAL: CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_the_words_of_xla_for_memory_that_runs_out_are_known(error, expected):
+    assert is_out_of_memory(error) is expected
 
 
 @pytest.mark.parametrize("text", ["decode", "decode:fire", "step:slow", "decode:slow:colour=3", "decode:slow:seed=x"])

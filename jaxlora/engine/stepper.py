@@ -199,7 +199,7 @@ def failure(place: str, error: Exception) -> ServingError:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether host or device had no memory. XLA's errors tell by their text only."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
 
 
 def cause_of(error: Exception) -> str:

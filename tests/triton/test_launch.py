@@ -13,7 +13,7 @@ import pytest
 from server import preflight, repository
 from server.launch import ServerDied
 
-from .harness import Http, processes, serving
+from .harness import Http, Refused, processes, serving
 
 MODEL = """
 import pathlib, time
@@ -109,6 +109,17 @@ def test_a_model_is_loaded_again_only_when_its_folder_has_changed(tmp_path):
         (tmp_path / "model_repository" / "one" / "new").write_text("")
         Http(server).load("one")
         assert loads.read_text() == "xx"
+
+
+def test_a_load_that_failed_does_not_hold_up_the_stop(tmp_path):
+    """Triton counts such a model as living, and would wait until EXIT_TIMEOUT_S have passed."""
+    write_model(tmp_path, "one", f"assert not pathlib.Path({str(tmp_path / 'fail')!r}).exists()")
+    with serving(tmp_path, models=("one",)) as server:
+        for path in (tmp_path / "fail", tmp_path / "model_repository" / "one" / "new"):
+            path.write_text("")
+        with pytest.raises(Refused, match="AssertionError"):
+            Http(server).load("one")
+    assert "Exit timeout expired" not in server.log_path.read_text()
 
 
 def test_the_server_ends_when_its_launcher_is_killed(tmp_path):
