@@ -85,7 +85,7 @@ class LoraService:
         describe_prompt = self.tokenizer.decode if settings.log_prompts else None
         self.observer = Observer(Registry(), log or RequestLog(), settings.metrics_adapters, describe_prompt)
         self._host = HostCache(settings.adapter_host_cache_bytes, self._read)
-        health = Health(_thresholds(settings), settings.max_slots)
+        health = Health(_thresholds(settings), sizes.slots)
         self.engine = Engine(program, self._fetch, limits_of(settings), self._placed, health, self._host.clear, stopped)
         self.state = StateRecorder(settings, self.observer, self.engine, self._host, self._catalogue)
 
