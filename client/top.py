@@ -93,8 +93,9 @@ def _state(now: Reading) -> list[Text]:
     """Whether the engine runs, and which breakers are not closed."""
     if not now.total("lora_engine_up"):
         return [Text("ENGINE STOPPED", "bold red")]
-    names = [name for (name,) in now.values("lora_breaker_state", "breaker") if now.total("lora_breaker_state", breaker=name)]
-    return [Text("engine up", "green"), *(Text(f"  {name} breaker open", "bold red") for name in names)]
+    states = {name: now.total("lora_breaker_state", breaker=name) for (name,) in now.values("lora_breaker_state", "breaker")}
+    words = [f"  {name} breaker {'open' if state == 2 else 'half-open'}" for name, state in sorted(states.items()) if state]
+    return [Text("engine up", "green"), *(Text(text, "bold red") for text in words)]
 
 
 def _adapters(between: Between) -> RenderableType:

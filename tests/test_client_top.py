@@ -84,9 +84,9 @@ def test_the_view_tells_a_stopped_engine_and_a_server_without_the_model(between)
 
 
 def test_the_view_tells_which_breaker_is_open(between):
-    states = 'lora_breaker_state{breaker="latency"} 2\nlora_breaker_state{breaker="memory"} 0\n'
+    states = 'lora_breaker_state{breaker="latency"} 2\nlora_breaker_state{breaker="memory"} 1\nlora_breaker_state{breaker="adapter"} 0\n'
     text = shown(Between(between.old, parse(NEW + states, 14.0)))
-    assert "latency breaker open" in text and "memory" not in text
+    assert "latency breaker open" in text and "memory breaker half-open" in text and "adapter breaker" not in text
 
 
 def test_an_address_where_nobody_answers_is_told(capsys):

@@ -66,7 +66,7 @@ _TABLE = (
     Metric("lora_kv_cache_usage_ratio", GAUGE, "Used share of the KV cache, 0 to 1."),
     Metric("lora_engine_up", GAUGE, "1 while the engine runs, 0 after it stopped on an error."),
     Metric("lora_engine_steps_total", COUNTER, "Decode steps."),
-    Metric("lora_slots_allowed", GAUGE, "Slots that may be used: fewer than there are for a time after memory ran out."),
+    Metric("lora_slots_allowed", GAUGE, "Slots that may be used, those in reserve too: fewer than there are for a time after memory ran out."),
     Metric("lora_breaker_state", GAUGE, "0 closed, 1 half-open (some pass, to see how it goes), 2 open. breaker: latency, memory, adapter (the worst of all).", ("breaker",)),
     Metric(
         "lora_faults_total", COUNTER,
