@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from bench import processes
+from jaxlora import huge_pages
 
 START_TIMEOUT_S = 900.0
 CALL_TIMEOUT_S = 300.0
@@ -112,7 +113,7 @@ class Worker:
         self._log = log_path.open("ab")
         self._process = subprocess.Popen(
             [python, "-m", module], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-            env={**os.environ, **(environ or {})}, text=True,
+            env=huge_pages.environment({**os.environ, **(environ or {})}), text=True,
         )
         self.pid = self.driver_pid = self._process.pid
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxlora import huge_pages
 from jaxlora.lora import Adapter
 from training import pairs
 from training.batches import Batches
@@ -141,4 +142,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    huge_pages.restart()
     sys.exit(main())

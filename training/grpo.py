@@ -14,6 +14,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from jaxlora import huge_pages
 from training.answers import engine_dtype, open_sampler
 from training.data import Encoder
 from training.groups import Groups, HeldOutRewards, Judge, Plan, Prompt, length_buckets
@@ -157,4 +158,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    huge_pages.restart()
     sys.exit(main())

@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
+from jaxlora import huge_pages
 from training.losses.sft import sft
 from training.method import Method
 from training.options import Options, option
@@ -35,4 +36,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    huge_pages.restart()
     sys.exit(main())

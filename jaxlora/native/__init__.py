@@ -7,7 +7,6 @@ Contract
   in, and the number of threads. It differs between instruction sets and from the twins, within rounding.
 - What is updated (caches, y) is updated in place: donate it, or let it be a value that nothing else uses.
 - Activations are float32; weights, caches and the bank of adapters are float32 or bfloat16.
-- `use_huge_pages(arrays)` makes reading large arrays some 7 per cent faster, where Linux allows it.
 - `JAXLORA_NATIVE_THREADS` (default: the CPUs that the process may run on) and `JAXLORA_NATIVE_ISA` override what is found.
 
 Knows nothing of models, adapters as files, or the engine.
@@ -15,7 +14,6 @@ Knows nothing of models, adapters as files, or the engine.
 
 from jaxlora.native.kernels import Kernels, LoraModule, Packed, pack_linear
 from jaxlora.native.loading import load
-from jaxlora.native.pages import use_huge_pages
 from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_linear, twin_lora, twin_rms_norm
 
 __all__ = [
@@ -29,5 +27,4 @@ __all__ = [
     "twin_linear",
     "twin_lora",
     "twin_rms_norm",
-    "use_huge_pages",
 ]

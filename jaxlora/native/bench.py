@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import native
+from jaxlora import huge_pages, native
 
 LAYERS, HIDDEN, MLP, HEADS, KV, HEAD, VOCABULARY = 30, 576, 1536, 9, 3, 64, 49152
 QKV = (HEADS + 2 * KV) * HEAD
@@ -168,7 +168,6 @@ def bench_step(kernels: native.Kernels, repeat: int, length: int = 96) -> None:
         embed = jnp.array(normal(VOCABULARY, HIDDEN))
         bank = jnp.array(np.broadcast_to(normal(1, bank_size), (ADAPTERS, bank_size)), dtype)
         norm = jnp.ones(HIDDEN)
-        native.use_huge_pages([w.data for w in [head, *sum(model.values(), [])]] + [bank])
 
         def rms_norm(x):
             return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5) * norm
@@ -253,4 +252,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    huge_pages.restart()
     main()

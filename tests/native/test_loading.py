@@ -1,4 +1,4 @@
-"""Building, checking and loading the library; threads; huge pages."""
+"""Building, checking and loading the library; threads."""
 
 import concurrent.futures
 import os
@@ -16,14 +16,6 @@ from jaxlora import native
 from jaxlora.native import build
 
 from .arrays import normal, same_bits
-
-
-@pytest.mark.parametrize("size", [0, 10, 3 << 20])
-def test_huge_pages_change_neither_values_nor_addresses(size: int) -> None:
-    array = jnp.arange(size)
-    where = array.unsafe_buffer_pointer()
-    assert 0 <= native.use_huge_pages([array]) <= array.nbytes
-    assert array.unsafe_buffer_pointer() == where and (array == np.arange(size)).all()
 
 
 def test_a_second_build_takes_the_library_that_is_there(kernels: native.Kernels, build_dir: pathlib.Path) -> None:
