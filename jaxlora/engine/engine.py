@@ -126,10 +126,13 @@ class Engine:
             log.exception("the engine stopped")
             with self._wakeup:
                 self._closing.error = EngineError(f"the engine stopped: {cause_of(error)}")
-        for sequence in self._unfinished():
-            self._end(sequence, self._closing.failure())
+        left = self._unfinished()
+        for sequence in left:
+            self._fail(sequence, self._closing.failure())
         if self._closing.error is not None:
             self._stopped(self._closing.error)
+        for sequence in left:
+            self._leave(sequence, intact=self._closing.error is None)
 
     def _rest(self) -> None:
         """Sleeps while there is nothing to do."""

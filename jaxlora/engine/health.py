@@ -54,13 +54,11 @@ class Health:
         """
         with self._lock:
             now = self._clock()
-            wait = 0.0 if adapter is None else self._adapters.refusal_s(adapter, now)
-            if wait:
+            if wait := self._latency.refusal_s(now):
+                raise Unavailable(f"the server is too slow to take more: {self._latency.cause}", _seconds(wait), "latency")
+            if adapter is not None and (wait := self._adapters.refusal_s(adapter, now)):
                 cause = self._adapters.cause(adapter)
                 raise Unavailable(f"this adapter's requests fail one after another, the last one so: {cause}", _seconds(wait), "adapter_failing")
-            wait = self._latency.refusal_s(now)
-            if wait:
-                raise Unavailable(f"the server is too slow to take more: {self._latency.cause}", _seconds(wait), "latency")
 
     def waited(self, seconds: float) -> None:
         """A request got its slot after so many seconds."""

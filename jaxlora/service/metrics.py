@@ -73,7 +73,7 @@ _TABLE = (
         "Faults. place: prefill, decode, adapter (placing one). kind: exception, out_of_memory, not_finite, state_lost (the KV cache had to begin anew).",
         ("place", "kind"),
     ),
-    Metric("lora_engine_restarts_total", COUNTER, "Times that the server was started again because its engine had stopped."),
+    Metric("lora_engine_restarts", GAUGE, "Times that the server was started again because its engine had stopped."),
     Metric("lora_compiled_programs", GAUGE, "Programs compiled; constant after the start."),
     Metric("lora_adapters_resident", GAUGE, "Adapter versions on a tier: disk (can be served), host, device.", ("tier",)),
     Metric("lora_adapter_device_slots", GAUGE, "Adapters that fit on the device (LORA_SLOTS)."),

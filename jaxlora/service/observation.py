@@ -132,7 +132,6 @@ class Observer:
                 "lora_adapter_loads_total": (("host",), ("device",)),
                 "lora_adapter_evictions_total": (("host",), ("device",)),
                 "lora_adapter_load_failures_total": ((),),
-                "lora_engine_restarts_total": ((),),
             },
             registry,
         )

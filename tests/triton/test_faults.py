@@ -124,7 +124,7 @@ def test_an_engine_that_stops_fails_everyone_at_once_is_not_ready_and_is_started
     (line,) = [line for line in command.lines if "the engine stopped" in line]
     assert "the device is broken" in line and "starting again in 1 s\n" in command.lines
     assert command.http.generate(text_input="hi", max_tokens=3, ignore_eos=True)["num_output_tokens"] == 3
-    wait_for(command.urls, lambda samples: total(samples, "lora_engine_restarts_total") == 1 and total(samples, "lora_engine_up") == 1)
+    wait_for(command.urls, lambda samples: total(samples, "lora_engine_restarts") == 1 and total(samples, "lora_engine_up") == 1)
 
 
 def test_a_model_whose_process_dies_is_started_again(command):
@@ -133,7 +133,7 @@ def test_a_model_whose_process_dies_is_started_again(command):
     os.kill(stub, signal.SIGKILL)
     command.wait_until_ready(3)
     assert any(line.startswith("the process of the model has ended") for line in command.lines)
-    wait_for(command.urls, lambda samples: total(samples, "lora_engine_restarts_total") == 2)
+    wait_for(command.urls, lambda samples: total(samples, "lora_engine_restarts") == 2)
 
 
 def test_it_takes_no_more_when_it_is_told_to_stop_and_ends_what_takes_longer_than_the_grace(command):
@@ -156,4 +156,5 @@ def test_it_takes_no_more_when_it_is_told_to_stop_and_ends_what_takes_longer_tha
     with pytest.raises(Refused, match=r"UNAVAILABLE: the server is shutting down, and its grace period of 2 s \(GRACE_S\) is over"):
         list(long)
     assert command.process.wait(30) == 0
+    assert any(line.startswith("2 requests are being finished, for 2 s at most") for line in command.lines)
     assert {line["reason"] for line in command.requests()[-4:]} >= {"shutting_down", "length"}

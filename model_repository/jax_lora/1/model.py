@@ -24,7 +24,7 @@ class TritonPythonModel:
         self.name = args["model_name"]
         log = RequestLog(self.settings.request_log)
         self.service = LoraService(self.settings, store, backend.progress, log=log, stopped=self._stopped)
-        self.service.observer.registry.add("lora_engine_restarts_total", amount=lifeline.restarts())
+        self.service.observer.registry.set("lora_engine_restarts", value=lifeline.restarts())
         self.sender, self.watcher = Sender(), Watcher()
         self.metrics = MetricsSender(self.service.observer.registry, self.service.state.record)
         self.lifeline = lifeline.Member(self._drain)
@@ -58,6 +58,9 @@ class TritonPythonModel:
 
     def _drain(self) -> None:
         """Finishes what runs, and returns when every answer has been sent."""
+        load = self.service.engine.load()
+        if count := load["running"] + load["waiting"]:
+            backend.progress(f"{count} requests are being finished, for {self.settings.grace_s:g} s at most; a second Ctrl-C ends them")
         self.service.drain()
         self.sender.close()
 
