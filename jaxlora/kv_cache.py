@@ -9,8 +9,8 @@ from flax import struct
 from jax import Array
 
 from jaxlora.config import ModelConfig
+from jaxlora.kv_length import BLOCK, cache_length
 
-BLOCK = 128
 _NEGATIVE = -1e30
 
 
@@ -27,12 +27,6 @@ class KVCache:
         return cls(
             tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)), tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
         )
-
-
-def cache_length(max_seq_len: int, chunk: int) -> int:
-    """Positions in the cache: whole chunks for the longest sequence, and a scratch stretch that idle rows write to."""
-    step = max(chunk, BLOCK)
-    return -(-max_seq_len // step) * step + step
 
 
 @struct.dataclass

@@ -60,6 +60,11 @@ def test_every_parameter_is_a_setting():
     assert set(repository.parameters(repository.REPOSITORY)) <= set(Settings.names())
 
 
+def test_what_an_adapter_is_checked_against_is_known_to_the_model_that_loads_it():
+    checked, loads = (set(config(model).parameters) for model in ("adapters", "jax_lora"))
+    assert checked <= loads
+
+
 def test_models_that_disagree_on_a_parameter_are_told(tmp_path):
     for model, value in (("one", "3"), ("two", "4")):
         (tmp_path / model).mkdir()

@@ -10,11 +10,9 @@ import json
 import os
 import pathlib
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from typing import Any
 
+from bench.drivers import http_server
 from bench.load import closed_loop, server_sent_events, stamped
 from bench.worker import Answer, Request, serve
 from server.preflight import free_ports
@@ -41,7 +39,7 @@ class LlamaDriver:
             "--lora", ",".join(setup["gguf_adapters"].values()), "--lora-init-without-apply",
         ]  # fmt: skip
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2)
-        self._wait_until_ready()
+        http_server.wait_until_healthy(self._process, "llama-server", self._port, START_TIMEOUT_S)
         version = subprocess.run([binary, "--version"], capture_output=True, text=True)
         return {"pid": self._process.pid, "versions": {"llama.cpp": _version(version.stdout + version.stderr)}}
 
@@ -49,12 +47,7 @@ class LlamaDriver:
         return asyncio.run(closed_loop(requests, concurrency, self._send))
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
+        http_server.end(self._process, 10)
 
     async def _send(self, request: Request) -> Answer:
         lora = {"id": self._adapters[request.adapter], "scale": 1} if request.adapter else {"id": 0, "scale": 0}
@@ -74,18 +67,6 @@ class LlamaDriver:
                 ids.extend(tokens)
                 events.append((arrived, len(tokens)))
         return Answer(sent, events, len(ids), ids)
-
-    def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise RuntimeError(f"llama-server ended with {self._process.returncode}")
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.1)
-        raise RuntimeError(f"llama-server was not ready after {START_TIMEOUT_S} s")
 
 
 def _version(text: str) -> str:

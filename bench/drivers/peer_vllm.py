@@ -6,11 +6,10 @@ import json
 import os
 import pathlib
 import subprocess
-import time
-import urllib.error
 import urllib.request
 from typing import Any
 
+from bench.drivers import http_server
 from bench.load import closed_loop, server_sent_events, stamped
 from bench.worker import Answer, Request, serve
 from server.preflight import free_ports
@@ -49,7 +48,7 @@ class VllmDriver:
         if openmp.exists():
             environ["LD_PRELOAD"] = str(openmp)
         self._process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=2)
-        self._wait_until_ready()
+        http_server.wait_until_healthy(self._process, "vllm serve", self._port, START_TIMEOUT_S)
         with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/version", timeout=5) as answer:
             return {"pid": self._process.pid, "versions": {"vllm": json.load(answer)["version"]}}
 
@@ -57,12 +56,7 @@ class VllmDriver:
         return asyncio.run(closed_loop(requests, concurrency, self._send))
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(20)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
+        http_server.end(self._process, 20)
 
     async def _send(self, request: Request) -> Answer:
         body = {
@@ -84,18 +78,6 @@ class VllmDriver:
                     ids.extend(tokens)
                     events.append((arrived, len(tokens)))
         return Answer(sent, events, len(ids), ids)
-
-    def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise RuntimeError(f"vllm serve ended with {self._process.returncode}")
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        raise RuntimeError(f"vllm serve was not ready after {START_TIMEOUT_S} s")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 Plain arithmetic on settings and the model's shape.
 """
 
-import math
-
 from jaxlora.config import OUTPUT_LAYER, ModelConfig
 from jaxlora.errors import SetupError
+from jaxlora.kv_length import cache_length
 from jaxlora.settings import Settings
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -25,9 +24,8 @@ def memory_estimate(settings: Settings, config: ModelConfig) -> dict[str, int]:
     products = sum(at.in_features * at.out_features for at in linears.values())
     in_bank = [at for path, at in linears.items() if path != OUTPUT_LAYER or settings.lora_output_layer]
     rank_row = sum(at.in_features + at.out_features for at in in_bank)
-    chunk = max(settings.prefill_chunk, 128)
     slots = settings.max_slots + settings.reserved_slots
-    length = (math.ceil(settings.max_seq_len / chunk) + 1) * chunk
+    length = cache_length(settings.max_seq_len, settings.prefill_chunk)
     return {
         "weights": size * (products + config.vocab_size * config.hidden_size),
         "kv_cache": 2 * size * slots * length * config.num_layers * config.num_kv_heads * config.head_dim,
