@@ -4,12 +4,14 @@ Reads messages line by line, from a terminal or a pipe. Knows no server: any Lan
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Generator, Sequence
 from typing import Any
 
 from client import terminal
-from client.interface import LanguageModel
+from client.interface import LanguageModel, Stream
+from client.interrupts import Interrupts
 from jaxlora.errors import ServingError
 
 HELP = """\
@@ -35,6 +37,7 @@ class Conversation:
         self._start = [{"role": "system", "content": system}] if system is not None else []
         self.adapter = adapter
         self.messages = list(self._start)
+        self._answer: Stream | None = None
 
     def reset(self) -> None:
         self.messages = list(self._start)
@@ -51,13 +54,18 @@ class Conversation:
         asked = [*self.messages, {"role": "user", "content": text}]
         answer = ""
         try:
-            with self._client.stream(asked, adapter=self.adapter, **self._sampling) as stream:
-                for chunk in stream:
+            with self._client.stream(asked, adapter=self.adapter, **self._sampling) as self._answer:
+                for chunk in self._answer:
                     answer += chunk.text
                     yield chunk.text
         finally:
             if answer:
                 self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def cancel(self) -> None:
+        """Ends the answer that is on its way, if there is one. Any thread may call it."""
+        if self._answer is not None:
+            self._answer.close()
 
     def describe_adapters(self) -> str:
         """What answers now, and the adapters that could."""
@@ -92,18 +100,18 @@ def _run(arguments: argparse.Namespace) -> int:
 def _read_terminal(conversation: Conversation) -> None:
     import readline  # noqa: F401  gives `input` a line editor and a history
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started this may have it ignored
     while True:
         try:
             line = input(f"{conversation.adapter or 'base'}> ")
+            if line.strip() == "/quit":
+                return
+            _take(conversation, line)
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
             print("\n/quit or Ctrl-D leaves")
-            continue
-        if line.strip() == "/quit":
-            return
-        _take(conversation, line)
 
 
 def _read_pipe(conversation: Conversation) -> int:
@@ -141,14 +149,15 @@ def _take(conversation: Conversation, line: str) -> int:
 
 def _print_answer(conversation: Conversation, text: str) -> None:
     answer = conversation.say(text)
-    try:
-        for piece in answer:
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        print(" [cancelled]", end="")
-    finally:
-        answer.close()
-        print(flush=True)
+    with Interrupts(conversation.cancel) as interrupts:
+        try:
+            for piece in answer:
+                print(piece, end="", flush=True)
+                if interrupts.seen:  # before there was anything to cancel
+                    break
+        finally:
+            answer.close()
+            print(" [cancelled]" if interrupts.seen else "", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """From what a server says went wrong to the errors of `jaxlora.errors`.
 
-A stream carries an error as text only. The models of this project begin it with the code, `NOT_FOUND: ...`, and an ensemble puts
-`in ensemble 'llm', ` before that. What has no code comes from Triton itself.
+A stream carries an error as text only. The models of this project begin it with the error's name, `NOT_FOUND: ...`, and an ensemble puts
+`in ensemble 'llm', ` before that. What has no name comes from Triton itself.
 """
 
 import re
@@ -21,10 +21,8 @@ from jaxlora.errors import (
 from jaxlora.service.fields import FIELDS
 
 _ENSEMBLE = re.compile(r"in ensemble '[^']*', ")
-_CODED = re.compile(r"([A-Z][A-Z_]+): (.*)", re.DOTALL)
+_NAMED = re.compile(r"([A-Z][A-Z_]+): (.*)", re.DOTALL)
 _FIELD = re.compile(rf"(?:^|; )({'|'.join(sorted({*FIELDS, 'input_ids', 'query'}, key=len, reverse=True))}): ")
-# The service says so in words only: both are UNAVAILABLE to Triton.
-_TIMEOUT = re.compile(r"the request's time-out of |no slot came free in ")
 _RETRY = re.compile(r"(.*); try again in ([0-9.e+-]+) s", re.DOTALL)
 _MISSING_MODEL = re.compile(r"Request for unknown model: |.* has no available versions|.* is not ready")
 _RESTRICTED = re.compile(r"This protocol is restricted, expecting header ")
@@ -42,17 +40,17 @@ class AccessDenied(ServingError):
 def from_text(text: str) -> ServingError:
     """The error that a model's answer stands for. Its `str()` is what the server's own error said."""
     text = _ENSEMBLE.sub("", text, count=1) if _ENSEMBLE.match(text) else text
-    match = _CODED.fullmatch(text)
+    match = _NAMED.fullmatch(text)
     if match is None:
         return Unavailable(f"the server is not ready to answer: {text}") if _MISSING_MODEL.match(text) else EngineError(text)
-    code, message = match.groups()
-    return _of_code(code, message) or EngineError(text)
+    name, message = match.groups()
+    return _of_name(name, message) or EngineError(text)
 
 
 def from_rpc(error: grpc.RpcError, url: str) -> ServingError:
     """The error that a failed call stands for: one of the server's, or that there is no server."""
     code, details = error.code(), error.details() or ""
-    if _CODED.fullmatch(details) and (known := from_text(details)) and str(known) != details:
+    if _NAMED.fullmatch(details) and (known := from_text(details)) and str(known) != details:
         return known
     if code == grpc.StatusCode.CANCELLED:
         return Cancelled("cancelled by the client")
@@ -71,15 +69,15 @@ def from_load(error: grpc.RpcError, url: str) -> ServingError:
     return AdapterInvalid([match[1].strip()]) if match else from_rpc(error, url)
 
 
-def _of_code(code: str, message: str) -> ServingError | None:
-    if code == InvalidRequest.code:
+def _of_name(name: str, message: str) -> ServingError | None:
+    if name == InvalidRequest.code:
         return InvalidRequest(_problems(message))
-    if code == Unavailable.code:
-        known = RequestTimeout if _TIMEOUT.match(message) else Unavailable
+    if name in (Unavailable.code, RequestTimeout.name):
+        known = RequestTimeout if name == RequestTimeout.name else Unavailable
         retry = _RETRY.fullmatch(message)
         return known(retry[1], float(retry[2])) if retry else known(message)
     for known in (AdapterNotFound, Cancelled, EngineError):
-        if code == known.code:
+        if name == known.code:
             return known(message)
     return None
 

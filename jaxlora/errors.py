@@ -1,6 +1,7 @@
 """The errors that reach a caller.
 
-Each carries a `code`, the name of the Triton error code that the front door answers with, and a `reason`, a word for metrics and logs. Messages name what is wrong and the
+Each carries a `code`, the name of the Triton error code that the front door answers with, a `name`, which the text of that answer begins with (the code, but where
+one of Triton's codes stands for two errors), and a `reason`, a word for metrics and logs. Messages name what is wrong and the
 bound that it broke, and carry no path of the server.
 """
 
@@ -10,6 +11,10 @@ class ServingError(Exception):
 
     code = "INTERNAL"
     reason = "internal"
+
+    @property
+    def name(self) -> str:
+        return self.code
 
 
 class InvalidRequest(ServingError):
@@ -54,6 +59,8 @@ class Unavailable(ServingError):
 
 class RequestTimeout(Unavailable):
     """A request passed its time-out, in the queue or during generation. In the queue `retry_after_s` is how long it takes now."""
+
+    name = "DEADLINE_EXCEEDED"
 
     def __init__(self, message: str, retry_after_s: float | None = None):
         super().__init__(message, retry_after_s, "timeout")

@@ -52,16 +52,16 @@ def parameters(request: Any) -> dict[str, Any]:
 def error_response(error: BaseException) -> Any:
     """The answer to a request that `error` ended. The text of an error that is not a ServingError goes to the log only.
 
-    The text begins with the name of the error's code, since neither HTTP nor a gRPC stream passes the code on.
+    The text begins with the error's name, since neither HTTP nor a gRPC stream passes the code on.
     """
     import triton_python_backend_utils as pb_utils
 
     if isinstance(error, ServingError):
-        code, text = error.code, str(error)
+        code, text = error.code, f"{error.name}: {error}"
     else:
         traceback.print_exception(error)
-        code, text = "INTERNAL", f"internal error ({type(error).__name__}); the server's log has the details"
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{code}: {text}", getattr(pb_utils.TritonError, code)))
+        code, text = "INTERNAL", f"INTERNAL: internal error ({type(error).__name__}); the server's log has the details"
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, getattr(pb_utils.TritonError, code)))
 
 
 def send_error(response_sender: Any, error: BaseException) -> None:

@@ -4,6 +4,8 @@ The server and the processes of its Python models live in a session of their own
 which stops them in order. All output of the server goes into a log file; `on_line` sees each line too.
 """
 
+import contextlib
+import fcntl
 import os
 import pathlib
 import re
@@ -258,6 +260,7 @@ class TritonServer:
 
     def _read(self) -> None:
         with self.log_path.open("ab", buffering=0) as log:
+            fcntl.flock(log, fcntl.LOCK_SH)  # see _new_log
             for line in self._started().stdout:
                 log.write(line)
                 self._on_line(line.decode(errors="replace").rstrip("\n"))
@@ -297,7 +300,9 @@ def failed_load(line: str) -> str | None:
 
 
 def _new_log(folder: pathlib.Path, keep: int = 10) -> pathlib.Path:
-    """A name for a new log in `folder`, from which all but the newest are removed."""
+    """A name for a new log in `folder`, from which all but the newest are removed, and those that a server still writes."""
     for old in sorted(folder.glob("triton-*.log"))[: 1 - keep]:
-        old.unlink(missing_ok=True)
+        with contextlib.suppress(OSError), old.open() as log:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            old.unlink()
     return folder / time.strftime(f"triton-%Y%m%d-%H%M%S-{uuid.uuid4().hex[:6]}.log", time.gmtime())

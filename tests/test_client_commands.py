@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from client import chat, generate, terminal
 from client.answers import Chunk, End, Usage
 from client.interface import LanguageModel
+from client.interrupts import Interrupts
 from jaxlora.errors import AdapterNotFound, InvalidRequest
 
 
@@ -182,6 +186,17 @@ def test_a_cancelled_answer_stays_as_far_as_it_came(piped, model):
     assert model.cancelled == 1
     assert conversation.messages == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello "}]
     model.closed = True
+
+
+def test_an_interrupt_stops_and_raises_nothing_and_ctrl_c_is_itself_again_afterwards():
+    stopped = threading.Semaphore(0)
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts(stopped.release) as interrupts:
+        assert not interrupts.seen
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stopped.acquire(timeout=10) and interrupts.seen
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_unknown_adapter_at_the_start_ends_the_chat(piped, model):

@@ -40,7 +40,7 @@ RAISED = [
 @pytest.mark.parametrize("before", ["", "in ensemble 'llm', "])
 @pytest.mark.parametrize("raised", RAISED, ids=str)
 def test_an_error_comes_back_as_it_was_raised(raised, before):
-    found = errors.from_text(f"{before}{raised.code}: {raised}")
+    found = errors.from_text(f"{before}{raised.name}: {raised}")
     assert type(found) is type(raised) and str(found) == str(raised)
     assert vars(found) == vars(raised)
 

@@ -1,6 +1,7 @@
 """What the launcher finds out before it starts a server, and what it makes of a log. Starts none."""
 
 import dataclasses
+import fcntl
 import json
 import pathlib
 import socket
@@ -141,13 +142,15 @@ class TestLog:
         assert failed_load(line) == "adapters: one\n  two"
         assert failed_load("I1124 09:59:13.327663 66 model_lifecycle.cc:777] \"failed to load 'adapters'\"") is None
 
-    def test_only_the_newest_logs_are_kept(self, settings):
+    def test_only_the_newest_logs_are_kept_and_those_that_are_written(self, settings):
         logs = settings.cache_dir / "logs"
         logs.mkdir()
         for day in range(10, 30):
             (logs / f"triton-202001{day}-000000-1.log").write_text("")
-        server = TritonServer(settings)
-        assert sorted(path.name for path in logs.iterdir()) == [f"triton-202001{day}-000000-1.log" for day in range(21, 30)]
+        with (logs / "triton-20200112-000000-1.log").open() as written:
+            fcntl.flock(written, fcntl.LOCK_SH)  # as a running server does
+            server = TritonServer(settings)
+        assert sorted(path.name for path in logs.iterdir()) == [f"triton-202001{day}-000000-1.log" for day in (12, *range(21, 30))]
         assert server.log_path.parent == logs and not server.log_path.exists()
 
 

@@ -181,6 +181,19 @@ class Terminal:
             time.sleep(0.02)
         self.shown = self.shown[match.end() :]
 
+    def interrupt(self) -> None:
+        """Sends what Ctrl-C does."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def interrupt_until(self, pattern: str) -> None:
+        """Sends it until `pattern` is shown: `input` does not see one that comes after it has shown its prompt and before it waits."""
+        for _ in range(20):
+            self.interrupt()
+            time.sleep(0.5)
+            if re.search(pattern, self.shown):
+                break
+        self.wait_for(pattern)
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -193,13 +206,12 @@ def test_ctrl_c_cancels_the_answer_and_not_the_chat(server):
         terminal.wait_for("base> ")
         terminal.type("Hello\n")
         terminal.wait_for("Hello\r\n.")
-        os.killpg(terminal.process.pid, signal.SIGINT)
+        terminal.interrupt()
         terminal.wait_for(r"\[cancelled\]\r\nbase> ")
         # The only slot is free again at once.
         with Client(server.grpc_url) as client:
             client.generate("Hi", max_tokens=2, timeout_s=2)
-        os.killpg(terminal.process.pid, signal.SIGINT)
-        terminal.wait_for("Ctrl-D leaves(.|\n)*base> ")
+        terminal.interrupt_until("Ctrl-D leaves(.|\n)*base> ")
         terminal.type("/adapter nobody/nothing\n")
         terminal.wait_for("error: nobody/nothing: no such adapter(.|\n)*base> ")
         terminal.type("/quit\n")

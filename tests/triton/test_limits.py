@@ -71,7 +71,7 @@ def test_an_adapter_that_fills_its_part_of_the_queue_is_refused_alone(limited, c
 
 def test_a_user_at_the_bound_waits_and_is_told_for_how_long(limited):
     with running(limited, lora_name="alice/attention"):
-        words = r"UNAVAILABLE: the request's time-out of 0.3 s passed in the queue; try again in \d+ s"
+        words = r"DEADLINE_EXCEEDED: the request's time-out of 0.3 s passed in the queue; try again in \d+ s"
         with pytest.raises(Refused, match=words):
             Grpc(limited).generate(text_input=b"hi", lora_name=b"alice/rslora", timeout_us=300_000)
         assert ask(limited, lora_name="bob/attention")["num_output_tokens"] == 3

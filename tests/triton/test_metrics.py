@@ -135,7 +135,7 @@ def after(operated, busy, adapters) -> Samples:
     rate = rf"UNAVAILABLE: bob uses more than {TOKENS_PER_S} tokens a second \(TOKENS_PER_S_PER_USER\); try again in [0-9.]+ s"
     with pytest.raises(Refused, match=rate):
         grpc.generate(lora_name=b"bob/rslora", rows=3, **long)
-    with pytest.raises(Refused, match=r"UNAVAILABLE: the request's time-out of 0.3 s passed after \d+ tokens"):
+    with pytest.raises(Refused, match=r"DEADLINE_EXCEEDED: the request's time-out of 0.3 s passed after \d+ tokens"):
         grpc.generate(timeout_us=300_000, sampling_parameters=b'{"ignore_eos": true}', **long)
     version = publish(adapters["alice/attention"], "frank/sql", operated.store)
     folder = operated.store / "users" / "frank" / "adapters" / "sql" / str(version)
