@@ -27,6 +27,8 @@ class Backend(Protocol):
     packing: Packing
     name: str
     compiler_options: dict[str, bool]
+    dtype: str
+    """The type of weights and cache that is fastest here."""
     cut_invariant: bool
     """Whether keys and values come out the same bit for bit however a sequence is cut into steps."""
 
@@ -58,6 +60,10 @@ class XlaBackend:
     packing = PlainPacking()
     name = "xla"
     cut_invariant = False
+
+    @property
+    def dtype(self) -> str:
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
     @property
     def compiler_options(self) -> dict[str, bool]:
@@ -121,6 +127,7 @@ class NativeBackend:
     kernels: native.Kernels
     packing = NativePacking()
     compiler_options = {}
+    dtype = "bfloat16"
     cut_invariant = True
 
     @property

@@ -104,7 +104,10 @@ class Settings:
     http_port: int = _setting(8000, _port, "Triton HTTP port")
     grpc_port: int = _setting(8001, _port, "Triton gRPC port")
     metrics_port: int = _setting(8002, _port, "Prometheus port")
-    dtype: str = _setting("float32", _one_of("float32", "bfloat16"), "type of the weights and of the KV cache")
+    dtype: str = _setting(
+        "auto", _one_of("auto", "float32", "bfloat16"),
+        "type of the weights and of the KV cache; `auto`: bfloat16 on GPUs, TPUs and CPUs with native kernels, where it is faster, else float32",
+    )  # fmt: skip
     max_slots: int = _setting(16, _whole(1, 1024), "sequences that are generated at the same time, those in reserved slots aside")
     reserved_slots: int = _setting(2, _whole(0, 1024), "slots beside these, for adapters that hold less than an equal share of them; 0: none")
     max_seq_len: int = _setting(2048, _whole(16, 1 << 20), "prompt and answer together, in tokens")

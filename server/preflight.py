@@ -4,6 +4,7 @@ Every check gives lines, each naming the setting and what to do; all of them are
 asks the library about the base model; starts nothing.
 """
 
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -16,6 +17,7 @@ from jaxlora.settings import Settings
 
 PORTS = ("http_port", "grpc_port", "metrics_port")
 GIB = 1 << 30
+GPU = "the GPU"
 
 
 def check(settings: Settings, progress: Callable[[str], None] = print) -> pathlib.Path:
@@ -38,7 +40,10 @@ def check(settings: Settings, progress: Callable[[str], None] = print) -> pathli
     folder = resolve(settings.model, settings.cache_dir, progress)
     config = ModelConfig.from_folder(folder)
     check_length(settings, config)
-    problems = memory_problems(memory_estimate(settings, config), *device_memory())
+    available, where = device_memory()
+    if settings.dtype == "auto" and where == GPU:
+        settings = dataclasses.replace(settings, dtype="bfloat16")
+    problems = memory_problems(memory_estimate(settings, config), available, where)
     if problems:
         raise SetupError("\n".join(problems))
     return folder
@@ -92,7 +97,7 @@ def device_memory() -> tuple[int | None, str]:
         try:
             command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
             answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-            return int(answer.splitlines()[0]) << 20, "the GPU"
+            return int(answer.splitlines()[0]) << 20, GPU
         except (OSError, subprocess.SubprocessError, ValueError, IndexError):
             pass  # no usable GPU: JAX will run on the CPU
     return min(_host_memory(), default=None), "this machine"

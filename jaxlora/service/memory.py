@@ -8,7 +8,7 @@ from jaxlora.errors import SetupError
 from jaxlora.kv_length import cache_length
 from jaxlora.settings import Settings
 
-_BYTES = {"float32": 4, "bfloat16": 2}
+_BYTES = {"auto": 4, "float32": 4, "bfloat16": 2}  # `auto` at its largest, since the backend is not known yet
 
 
 def check_length(settings: Settings, config: ModelConfig) -> None:

@@ -65,8 +65,9 @@ class LoraService:
             )
         chosen, line = backend.choose(settings.cache_dir / "native")
         progress(line)
-        progress(f"loading weights ({settings.dtype})")
-        loaded = weights.load(folder, self.config, settings.dtype, packing=chosen.packing)
+        dtype = chosen.dtype if settings.dtype == "auto" else settings.dtype
+        progress(f"loading weights ({dtype})")
+        loaded = weights.load(folder, self.config, dtype, packing=chosen.packing)
         sizes = Sizes(
             slots=settings.max_slots + settings.reserved_slots,
             max_seq_len=settings.max_seq_len,
@@ -75,7 +76,7 @@ class LoraService:
             max_lora_rank=settings.max_lora_rank,
             output_layer=bool(settings.lora_output_layer),
         )
-        program = Program(self.config, loaded, chosen, sizes, settings.dtype)
+        program = Program(self.config, loaded, chosen, sizes, dtype)
         program.warm_up(progress)
         if settings.faults:
             progress(f"FAULTS: {settings.faults}")

@@ -16,6 +16,7 @@ ADAPTERS = tuple(f"{user}/{kind}" for user in ("alice", "bob") for kind in KINDS
 ADMIN_KEY = "key-of-the-tests-0123456789"
 TOKENS_PER_S = 4_000  # in ten seconds room for two of the longest answers, and not for three
 SETTINGS = {
+    "dtype": "float32",  # what the answers are held to was computed in it
     "max_slots": 8,
     "max_seq_len": 16_384,  # room for answers that take seconds, of which a test wants to see the middle
     "prefill_chunk": 32,

@@ -83,7 +83,7 @@ def test_a_server_that_dies_is_told_and_is_a_failure(command):
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"MAX_SLOTS": "many", "DTYPE": "int8"}, ["error: DTYPE: 'int8' is none of float32, bfloat16", "error: MAX_SLOTS: 'many' is not a whole number"]),
+        ({"MAX_SLOTS": "many", "DTYPE": "int8"}, ["error: DTYPE: 'int8' is none of auto, float32, bfloat16", "error: MAX_SLOTS: 'many' is not a whole number"]),
         ({"HTTP_PORT": "70000"}, ["error: HTTP_PORT: 70000 is not between 1 and 65535"]),
         ({"MODEL": "no such model"}, ["error: MODEL: there is no folder 'no such model'"]),
         ({"MAX_SEQ_LEN": "20000"}, ["error: MAX_SEQ_LEN: 20000 is over the 16384 positions of the base model"]),
