@@ -1,7 +1,9 @@
 """What several test files share."""
 
 import pathlib
+from collections.abc import Iterator
 
+import jax
 import pytest
 
 from jaxlora.checkpoint import resolve
@@ -20,3 +22,12 @@ def default_model() -> pathlib.Path:
 def compiled_programs_are_kept() -> None:
     """Tests make many small engines of the same shapes; each shape is compiled once."""
     keep_compiled_programs(Settings.read().cache_dir)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Compiles without most optimisations, for tests with a tolerance whose programs run for milliseconds. It spares up to two thirds of the time,
+    and more with the XLA of jaxlib 0.7.1, which unrolls a slice of some thousand numbers for seconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -16,17 +16,13 @@ from . import recording
 from .ours import Ours
 from .recording import Record
 
-# Where a reference comes from: the files of the project, and Transformers and PEFT themselves where they are installed.
-SOURCES = ("stored", "fresh") if importlib.util.find_spec("torch") else ("stored",)
+# Where a reference comes from: Transformers and PEFT themselves where they are installed, else the files of the project, as in `make test`.
+SOURCES = ("fresh",) if importlib.util.find_spec("torch") else ("stored",)
 
 
-@pytest.fixture(scope="package", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Compiles without most optimisations, for these programs run for milliseconds. It spares two thirds of the time, and more with the
-    XLA of jaxlib 0.7.1, which unrolls a slice of some thousand numbers for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly(quick_compilation: None) -> None:
+    """All of these tests run their programs for milliseconds."""
 
 
 @pytest.fixture(scope="session")

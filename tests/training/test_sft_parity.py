@@ -21,7 +21,7 @@ from . import preference_model
 from . import preference_runs as runs
 from .preference_model import Model
 
-SOURCES = ("stored", "fresh") if importlib.util.find_spec("torch") else ("stored",)
+SOURCES = ("fresh",) if importlib.util.find_spec("torch") else ("stored",)
 FILE = runs.FILE.with_name("sft.json")
 TOLERANCE = 1e-4  # relative, at any step
 DRIFT = 1e-5  # relative, on average over the steps: differences have to come out on both sides

@@ -22,6 +22,8 @@ from training.method import Example
 from training.policy import Noise, Policy
 from training.step import GROW_AFTER, State, StepOptions, make_evaluation, make_step, new_state
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 LORA = peft.new_config(r=4, lora_alpha=8, target_modules="all-linear", rank_pattern={"down_proj": 2})
 
