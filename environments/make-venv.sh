@@ -4,10 +4,14 @@
 # Takes the interpreter in $PYTHON, else the first of the usual names that really runs, has the right version and can make a venv. The
 # version is 3.11 or 3.12 (`newest`: or later, and 3.11 only where there is no other). With `triton` it must also have a shared libpython,
 # which the Python backend of the PyPI Triton is linked against. A requirement in $PAYLOAD is installed without what it asks for.
-# FOLDER/STAMP is written last, so an interrupted run is seen and done again.
+# FOLDER/STAMP is written last, so an interrupted run is seen and done again. What was in FOLDER is removed; a link is refused, for it would be emptied where it points to.
 set -euo pipefail
 folder=$1 stamp=$2 need=$3
 shift 3
+if [ -L "$folder" ]; then
+    echo "error: $folder is a link to $(readlink "$folder"), and out of date. Make it anew there, or remove the link." >&2
+    exit 1
+fi
 
 # Prints nothing if all is well, else one line that says what is missing.
 read -r -d '' probe <<'PROBE' || true
@@ -57,7 +61,11 @@ echo "installing the packages (a minute or two) ..."
 if [ -n "${CPU_TORCH_INDEX:-}" ]; then
     # Where it can be reached: builds without CUDA, which save gigabytes.
     probe="import urllib.request; urllib.request.urlopen('$CPU_TORCH_INDEX/torch/', timeout=5)"
-    if "$folder/bin/python" -c "$probe" 2>/dev/null; then set -- --extra-index-url "$CPU_TORCH_INDEX" "$@"; fi
+    if "$folder/bin/python" -c "$probe" 2>/dev/null; then
+        set -- --extra-index-url "$CPU_TORCH_INDEX" "$@"
+    else
+        echo "CPU_TORCH_INDEX can't be reached ($CPU_TORCH_INDEX): torch comes with CUDA, some gigabytes more"
+    fi
 fi
 install() { "$folder/bin/python" -m pip install -qq --disable-pip-version-check --no-input --only-binary :all: "$@"; }
 install "$@"
