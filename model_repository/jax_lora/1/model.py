@@ -60,7 +60,8 @@ class TritonPythonModel:
         """Finishes what runs, and returns when every answer has been sent."""
         load = self.service.engine.load()
         if count := load["running"] + load["waiting"]:
-            backend.progress(f"{count} requests are being finished, for {self.settings.grace_s:g} s at most; a second Ctrl-C ends them")
+            what = "1 request is" if count == 1 else f"{count} requests are"
+            backend.progress(f"{what} being finished, for {self.settings.grace_s:g} s at most; a second Ctrl-C stops at once")
         self.service.drain()
         self.sender.close()
 
