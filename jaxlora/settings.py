@@ -129,7 +129,7 @@ class Settings:
     rate_burst_s: float = _setting(10.0, _number(0.1), "so many seconds' worth of these tokens may come at once")
     grace_s: float = _setting(30.0, _number(0), "seconds that running answers have to finish when the server is told to stop")
     breaker_queue_s: float = _setting(0.0, _number(0), "mean wait for a slot over which new requests are refused for a time, in seconds; 0: none")
-    breaker_token_s: float = _setting(0.0, _number(0), "mean time per output token over which new requests are refused for a time, in seconds; 0: none")
+    breaker_token_s: float = _setting(0.0, _number(0), "the same for the mean time per output token, in seconds; 0: none")
     breaker_window_s: float = _setting(10.0, _number(0.1), "seconds over which those means are taken")
     breaker_open_s: float = _setting(5.0, _number(0.1), "seconds for which requests are then refused, before some pass as probes")
     breaker_adapter_failures: int = _setting(3, _whole(1), "failures in a row after which an adapter is refused for a time")

@@ -27,7 +27,8 @@ from server.lifeline import Lifeline
 EXIT_TIMEOUT_S = 10
 """How long the server may take to end once the answers in flight have had their GRACE_S."""
 
-# When all processes of its models have ended, or one has crashed. Triton waits for EXIT_TIMEOUT_S for a model whose last load failed, or which crashed.
+# When all processes of its models have ended, or one has crashed. Triton would wait for EXIT_TIMEOUT_S for a model that crashed, or whose
+# last load failed.
 _IDLE_EXIT_S = 1.5
 # A first compilation of all programs, on a slow machine. Triton's own limit is 30 s.
 _STUB_TIMEOUT_S = 3600

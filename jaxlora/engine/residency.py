@@ -25,8 +25,9 @@ class HostAdapter(Protocol):
 class Residency:
     """Which adapters are on the device. Used by the engine's thread alone; reading and packing happen in other threads.
 
-    `put_adapter` places one, as `Program.put_adapter`; `read` gives the future of an adapter in host memory; `wake` is called, from any thread, when an adapter is ready to be placed. `placed`
-    is told of each one that is on the device, how many seconds after it was first asked for.
+    `put_adapter` places one, as `Program.put_adapter`; `read` gives the future of an adapter in host memory; `wake` is called, from any
+    thread, when an adapter is ready to be placed. `placed` is told of each one that is on the device, how many seconds after it was first
+    asked for.
     """
 
     def __init__(

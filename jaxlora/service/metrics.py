@@ -67,10 +67,13 @@ _TABLE = (
     Metric("lora_engine_up", GAUGE, "1 while the engine runs, 0 after it stopped on an error."),
     Metric("lora_engine_steps_total", COUNTER, "Decode steps."),
     Metric("lora_slots_allowed", GAUGE, "Slots that may be used, those in reserve too: fewer than there are for a time after memory ran out."),
-    Metric("lora_breaker_state", GAUGE, "0 closed, 1 half-open (some pass, to see how it goes), 2 open. breaker: latency, memory, adapter (the worst of all).", ("breaker",)),
+    Metric(
+        "lora_breaker_state", GAUGE,
+        "0 closed, 1 half-open (some pass, to see how it goes), 2 open. breaker: latency, memory, adapter (the worst of all).", ("breaker",),
+    ),
     Metric(
         "lora_faults_total", COUNTER,
-        "Faults. place: prefill, decode, adapter (placing one). kind: exception, out_of_memory, not_finite, state_lost (the KV cache had to begin anew).",
+        "Faults. place: prefill, decode, adapter (placing one). kind: exception, out_of_memory, not_finite, state_lost (the KV cache).",
         ("place", "kind"),
     ),
     Metric("lora_engine_restarts", GAUGE, "Times that the server was started again because its engine had stopped."),

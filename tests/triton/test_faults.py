@@ -22,7 +22,10 @@ from .test_launch import eventually
 from .test_metrics import total, wait_for
 
 EXCEPTION, NOT_FINITE, NO_MEMORY, BROKEN = 11, 12, 13, 14
-FAULTS = f"decode:exception:seed={EXCEPTION},decode:not_finite:seed={NOT_FINITE},prefill:out_of_memory:seed={NO_MEMORY},decode:broken:seed={BROKEN}:rows=1"
+FAULTS = (
+    f"decode:exception:seed={EXCEPTION},decode:not_finite:seed={NOT_FINITE},"
+    f"prefill:out_of_memory:seed={NO_MEMORY},decode:broken:seed={BROKEN}:rows=1"
+)
 SLOTS = 2
 LONG = {"text_input": "x", "stream": True, "ignore_eos": True}
 
