@@ -46,30 +46,30 @@ def eventually(condition, timeout_s: float = 30) -> bool:
     return True
 
 
+def shared_memory(server) -> list[pathlib.Path]:
+    """What this server has of it: others may run beside it."""
+    return list(pathlib.Path("/dev/shm").glob(f"{server._shared_memory}*"))
+
+
 def test_a_stopped_server_leaves_no_process_and_no_shared_memory(tmp_path):
     write_model(tmp_path, "one")
-
-    def segments() -> list[pathlib.Path]:  # of this server: others may run beside it
-        return list(pathlib.Path("/dev/shm").glob(f"{server._shared_memory}*"))
-
     with serving(tmp_path, models=("one",)) as server:
         group = server.pid
         assert any("triton_python_backend_stub" in process for process in processes(group=group).values())
         assert len(preflight.port_problems(server.settings)) == 3
-        assert segments()
+        assert shared_memory(server)
     assert processes(group=group) == {}
-    assert not segments()
+    assert not shared_memory(server)
     assert preflight.port_problems(server.settings) == []
     server.stop()  # a second time is nothing
 
 
 def test_a_killed_server_leaves_no_process_and_no_shared_memory(tmp_path):
     write_model(tmp_path, "one")
-    before = set(os.listdir("/dev/shm"))
     with serving(tmp_path, models=("one",)) as server:
         server.kill()
         assert processes(group=server.pid) == {}
-        assert not segments()
+        assert not shared_memory(server)
 
 
 def test_a_server_that_dies_is_told_and_its_models_end_too(tmp_path):
