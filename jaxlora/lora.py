@@ -47,7 +47,7 @@ class Adapter:
         """`y + s B A x` where the adapter has that module, else `y`."""
         if path not in self.a:
             return y
-        # As matrices: the gradients of products with more dimensions take XLA five times as long on CPUs.
+        # As matrices: the gradients of products with more dimensions take XLA more than twice as long on CPUs.
         down = jnp.einsum("mk,rk->mr", x.reshape(-1, x.shape[-1]), self.a[path], precision="highest")
         up = jnp.einsum("mr,nr->mn", down, self.b[path], precision="highest")
         return y + (dict(self.scales)[path] * up).astype(y.dtype).reshape(y.shape)
