@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+from jaxlora import native
+from jaxlora.backend import Backend, NativeBackend, XlaBackend
 from jaxlora.checkpoint import resolve
 from jaxlora.checkpoint.sources import DEFAULT_MODEL
 from jaxlora.compilation import keep_compiled_programs
@@ -16,6 +18,17 @@ from jaxlora.settings import Settings
 def default_model() -> pathlib.Path:
     """The folder of the default base model, in the cache that serving uses: converted once on a machine."""
     return resolve(DEFAULT_MODEL, Settings.read().cache_dir)
+
+
+@pytest.fixture(scope="module", params=["xla", "native"])
+def backend(request) -> Backend:
+    """Every way of computing a step that this machine has."""
+    if request.param == "xla":
+        return XlaBackend()
+    kernels = native.load(Settings.read().cache_dir / "native")
+    if isinstance(kernels, str):
+        pytest.skip(kernels)
+    return NativeBackend(kernels)
 
 
 @pytest.fixture(scope="session", autouse=True)

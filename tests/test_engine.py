@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 
 from jaxlora import peft, weights
-from jaxlora.backend import Backend, NativeBackend, XlaBackend
+from jaxlora.backend import NativeBackend
 from jaxlora.config import ModelConfig
 from jaxlora.engine import Engine, Limits, Program, Request, SamplingParams, Sizes
-from jaxlora.native import load
-from jaxlora.settings import Settings
 from tests.parity import checkpoints
 from tests.parity.serving import Answer
 
@@ -19,16 +17,6 @@ ARCHITECTURE = "llama"
 NAMES = list(checkpoints.ADAPTERS)[:4]
 SIZES = Sizes(slots=4, max_seq_len=128, prefill_chunk=16, lora_slots=2, max_lora_rank=16)
 LIMITS = peft.Limits(max_rank=16, max_file_bytes=1 << 20)
-
-
-@pytest.fixture(scope="module", params=["xla", "native"])
-def backend(request) -> Backend:
-    if request.param == "xla":
-        return XlaBackend()
-    kernels = load(Settings.read().cache_dir / "native")
-    if isinstance(kernels, str):
-        pytest.skip(kernels)
-    return NativeBackend(kernels)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jaxlora import peft, weights
-from jaxlora.backend import Backend, NativeBackend, XlaBackend
 from jaxlora.config import ModelConfig
 from jaxlora.engine import Engine, Program, Request, SamplingParams, Sizes
 from jaxlora.engine.breakers import State
@@ -17,24 +16,12 @@ from jaxlora.engine.health import Health, Thresholds
 from jaxlora.engine.stepper import is_out_of_memory
 from jaxlora.errors import EngineError, ServingError, Unavailable
 from jaxlora.faults import parse
-from jaxlora.native import load
-from jaxlora.settings import Settings
 from tests.parity import checkpoints
 from tests.parity.serving import Answer
 
 CULPRIT = 7
 NAMES = list(checkpoints.ADAPTERS)[:3]
 SIZES = Sizes(slots=4, max_seq_len=128, prefill_chunk=16, lora_slots=2, max_lora_rank=16)
-
-
-@pytest.fixture(scope="module", params=["xla", "native"])
-def backend(request) -> Backend:
-    if request.param == "xla":
-        return XlaBackend()
-    kernels = load(Settings.read().cache_dir / "native")
-    if isinstance(kernels, str):
-        pytest.skip(kernels)
-    return NativeBackend(kernels)
 
 
 @pytest.fixture(scope="module")
