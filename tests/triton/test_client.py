@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from jaxlora.adapters import publish
 from jaxlora.errors import AdapterNotFound, Cancelled, InvalidRequest, RequestTimeout, ServingError
 from jaxlora.settings import Settings
 from server import preflight
+from server.repository import PROJECT
 
 from ..parity import checkpoints
 from .harness import serving, write_byte_tokenizer
@@ -145,6 +147,15 @@ def test_one_client_serves_many_threads(client, local):
     with ThreadPoolExecutor(24) as threads:
         found = list(threads.map(lambda request: outcome(client, *request, stream=True), work))
     assert found == [outcome(local, *request) for request in work]
+
+
+def test_the_example_of_the_readme_runs_as_it_stands(server, client, capsys):
+    (example,) = re.findall(r"```python\n(from client import Client\n.*?)```", (PROJECT / "README.md").read_text(), re.S)
+    assert "localhost:8001" in example and "alice/sql" in example
+    exec(example.replace("localhost:8001", server.grpc_url), {})
+    streamed = client.generate("The capital of France is", adapter="alice/sql", max_tokens=24)
+    chat = client.chat([{"role": "user", "content": "What is the capital of France?"}])
+    assert capsys.readouterr().out == f"{streamed.text}{chat.text} {chat.adapter} {chat.usage.completion_tokens}\n"
 
 
 def test_the_asynchronous_client_gives_the_same(server, local):
