@@ -104,9 +104,11 @@ class PackedDense:
         return y if self.bias is None else y + self.bias
 
 
+@dataclasses.dataclass(frozen=True)
 class NativePacking:
     """What the kernels read: query, key and value in one product, gate and up in another; activations are float32."""
 
+    kernels: native.Kernels
     groups = (QKV, ("o_proj",), GATE_UP, ("down_proj",))
 
     def dense(self, kernels: list[Array], biases: list[Array | None]) -> PackedDense:
@@ -114,7 +116,7 @@ class NativePacking:
         if any(bias is not None for bias in biases):
             parts = [jnp.zeros(kernel.shape[1]) if b is None else b.astype(jnp.float32) for kernel, b in zip(kernels, biases)]
             bias = jnp.concatenate(parts)
-        return PackedDense(native.pack_linear(jnp.concatenate(kernels, axis=1) if len(kernels) > 1 else kernels[0]), bias)
+        return PackedDense(self.kernels.pack_linear(jnp.concatenate(kernels, axis=1) if len(kernels) > 1 else kernels[0]), bias)
 
     def activations(self, dtype: jnp.dtype) -> jnp.dtype:
         return jnp.dtype(jnp.float32)
@@ -125,10 +127,13 @@ class NativeBackend:
     """`jaxlora.native` on CPUs. Its kernels give a row the same bits whatever the number of rows, so batches may be of any size."""
 
     kernels: native.Kernels
-    packing = NativePacking()
     compiler_options = {}
     dtype = "bfloat16"
     cut_invariant = True
+
+    @property
+    def packing(self) -> NativePacking:
+        return NativePacking(self.kernels)
 
     @property
     def name(self) -> str:

@@ -51,8 +51,8 @@ def normal(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape, np.float32) * np.float32(0.05)
 
 
-def weights(shape: tuple[int, int], dtype: str, count: int = LAYERS) -> list[native.Packed]:
-    packed = native.pack_linear(jnp.asarray(normal(*shape), dtype))
+def weights(kernels: native.Kernels, shape: tuple[int, int], dtype: str, count: int = LAYERS) -> list[native.Packed]:
+    packed = kernels.pack_linear(jnp.asarray(normal(*shape), dtype))
     return [dataclasses.replace(packed, data=jnp.array(packed.data, copy=True)) for _ in range(count)]
 
 
@@ -61,7 +61,7 @@ def bench_linear(kernels: native.Kernels, repeat: int) -> None:
     for name, shape in {**SHAPES, "head": (HIDDEN, VOCABULARY)}.items():
         count = 1 if name == "head" else LAYERS
         plain = [jnp.array(normal(*shape)) for _ in range(count)]
-        packed = {dtype: weights(shape, dtype, count) for dtype in ("float32", "bfloat16")}
+        packed = {dtype: weights(kernels, shape, dtype, count) for dtype in ("float32", "bfloat16")}
         for rows in (1, 4, 16, 128, 512):
             x = normal(rows, shape[0])
             variants = {"XLA float32": functools.partial(each(native.twin_linear), x, plain)}
@@ -163,8 +163,8 @@ def bench_step(kernels: native.Kernels, repeat: int, length: int = 96) -> None:
     modules, bank_size = all_modules()
     rank = jnp.full(ADAPTERS, RANK, jnp.int32)
     for dtype in ("float32", "bfloat16"):
-        model = {name: weights(shape, dtype) for name, shape in SHAPES.items()}
-        head = weights((HIDDEN, VOCABULARY), dtype, 1)[0]
+        model = {name: weights(kernels, shape, dtype) for name, shape in SHAPES.items()}
+        head = weights(kernels, (HIDDEN, VOCABULARY), dtype, 1)[0]
         embed = jnp.array(normal(VOCABULARY, HIDDEN))
         bank = jnp.array(np.broadcast_to(normal(1, bank_size), (ADAPTERS, bank_size)), dtype)
         norm = jnp.ones(HIDDEN)

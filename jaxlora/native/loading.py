@@ -21,7 +21,7 @@ def load(build_dir: os.PathLike[str] | str, isa: str | None = None) -> Kernels |
 
     Arguments:
         build_dir: folder for the compiled library; it may be shared by processes.
-        isa: `avx512bf16`, `avx512` or `avx2`; by default `JAXLORA_NATIVE_ISA` (which may be `none`), or else the best there is.
+        isa: `avx512fp16`, `avx512bf16`, `avx512` or `avx2`; by default `JAXLORA_NATIVE_ISA` (which may be `none`), or else the best there is.
 
     Returns:
         The kernels, or one line that says why there are none. The caller then stays with plain JAX.
@@ -37,7 +37,7 @@ def load(build_dir: os.PathLike[str] | str, isa: str | None = None) -> Kernels |
             except (build.BuildError, OSError) as error:
                 return str(error)
             library.jaxlora_select.restype = ctypes.c_char_p
-            for name in ("linear_f32", "linear_bf16", "attention", "lora", "summarize", "rms_norm"):
+            for name in ("linear_f32", "linear_bf16", "linear_f16", "attention", "lora", "summarize", "rms_norm"):
                 handler = jax.ffi.pycapsule(getattr(library, f"jaxlora_{name}"))
                 jax.ffi.register_ffi_target(f"jaxlora_{name}", handler, platform="cpu")
             _loaded.append((path, library))

@@ -30,7 +30,10 @@ def _close(got: object, want: object) -> bool:
 def _linear(dtype: str, kernels: Kernels) -> bool:
     w = jnp.asarray(_normal(75, 70), dtype)
     x = _normal(17, 75).astype(jnp.bfloat16).astype(np.float32)  # exact in either type
-    return _close(kernels.linear(x, kernels.pack_linear(w)), twin_linear(x, w))
+    packed, want = kernels.pack_linear(w), twin_linear(x, w)
+    if packed.data.dtype == jnp.float16:
+        return bool(jnp.max(jnp.abs(kernels.linear(x, packed) - want)) < 5e-3 * jnp.sqrt(jnp.mean(want**2)))
+    return _close(kernels.linear(x, packed), want)
 
 
 def _attention(dtype: str, kernels: Kernels) -> bool:

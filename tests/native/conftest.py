@@ -6,7 +6,7 @@ import pytest
 
 from jaxlora import native
 
-ISAS = ("avx512bf16", "avx512", "avx2")
+ISAS = ("avx512fp16", "avx512bf16", "avx512", "avx2")
 
 
 @pytest.fixture(scope="session")

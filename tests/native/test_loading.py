@@ -58,7 +58,7 @@ def test_without_a_compiler_there_is_a_reason_instead(
 
 def test_callers_in_several_threads_do_not_disturb_each_other(kernels: native.Kernels) -> None:
     inputs = [normal(i, 5, 200) for i in range(4)]
-    w = native.pack_linear(normal(9, 200, 3000))
+    w = kernels.pack_linear(jnp.asarray(normal(9, 200, 3000), jnp.bfloat16))
     step = jax.jit(kernels.linear)
     alone = [np.asarray(step(x, w)) for x in inputs]
     with concurrent.futures.ThreadPoolExecutor(len(inputs)) as pool:
@@ -73,7 +73,7 @@ from jaxlora import native
 from jaxlora.native import build
 kernels = native.load({str(build_dir)!r}, {kernels.isa!r})
 x, w = (np.random.default_rng(i).standard_normal(s, np.float32) for i, s in enumerate([(33, 100), (100, 2000)]))
-print(kernels.threads, hash(np.asarray(kernels.linear(x, native.pack_linear(w))).tobytes()))
+print(kernels.threads, hash(np.asarray(kernels.linear(x, kernels.pack_linear(jnp.asarray(w, jnp.bfloat16)))).tobytes()))
 """
 
     def run(threads: int) -> list[str]:

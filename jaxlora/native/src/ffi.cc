@@ -31,6 +31,9 @@ bool avx512() {
 // takes four times as long as a fused multiply-add (Emerald Rapids: 0.65 and 0.16 ns), so that widening the weights is twice as
 // fast.
 const Isa kIsas[] = {
+#ifdef JAXLORA_AVX512FP16
+    {&kAvx512Fp16, [] { return avx512() && __builtin_cpu_supports("avx512fp16"); }, [] { return true; }},
+#endif
 #ifdef JAXLORA_AVX512BF16
     {&kAvx512Bf16, [] { return avx512() && __builtin_cpu_supports("avx512bf16"); }, [] { return !__builtin_cpu_is("intel"); }},
 #endif
@@ -92,6 +95,27 @@ ffi::Error linear(F32 x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> y) {
   }
   const int64_t items = (a.m + kRowBlock - 1) / kRowBlock * panels(a.n);
   pool.split(items, [&](int64_t begin, int64_t end) { (kBf16 ? active->linear_bf16 : active->linear_f32)(a, begin, end); });
+  return ffi::Error::Success();
+}
+
+ffi::Error linear_f16(F32 x, ffi::Buffer<ffi::F16> w, ffi::ResultBuffer<ffi::F32> y) {
+  const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
+  if (!active->linear_f16) return bad(std::string("weights packed as float16 can't be read by ") + active->name);
+  if (xs.size() != 2 || ws.size() != 3 || ys.size() != 2) return bad("linear takes x [m, k], packed w and y [m, n]");
+  const int64_t m = xs[0], k = xs[1], n = ys[1];
+  if (ys[0] != m || ws[0] != panels(n) || ws[1] != k || ws[2] != kPanel) return bad("the weights were packed for another shape");
+  auto* halves = static_cast<uint32_t*>(scratch.reserve(static_cast<size_t>(m * k + m) * sizeof(uint32_t)));
+  auto* scales = reinterpret_cast<float*>(halves + m * k);
+  Pool& pool = Pool::instance();
+  auto halve = [&](int64_t begin, int64_t end) { active->halve_rows(x.typed_data(), halves, scales, k, begin, end); };
+  if (m * k < kSerial) {
+    halve(0, m);
+  } else {
+    pool.split(m, halve, 16);
+  }
+  const LinearF16 a{halves, scales, static_cast<const uint16_t*>(w.untyped_data()), y->typed_data(), m, k, n};
+  const int64_t items = (m + kRowBlock - 1) / kRowBlock * panels(n);
+  pool.split(items, [&](int64_t begin, int64_t end) { active->linear_f16(a, begin, end); }, 2);
   return ffi::Error::Success();
 }
 
@@ -277,6 +301,8 @@ using xla::ffi::Ffi;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_linear_f32, linear<false>, JAXLORA_LINEAR);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_linear_bf16, linear<true>, JAXLORA_LINEAR);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_linear_f16, linear_f16,
+                              Ffi::Bind().Arg<F32>().Arg<ffi::Buffer<ffi::F16>>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_attention, attention,
                               Ffi::Bind()
                                   .Arg<F32>()             // q

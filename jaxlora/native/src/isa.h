@@ -11,6 +11,7 @@ namespace {
 
 #include "simd.h"
 #include "linear.h"
+#include "halves.h"
 #include "attention.h"
 #include "lora.h"
 #include "logits.h"
@@ -24,6 +25,8 @@ namespace {
    JAXLORA_ISA::round_rows,          \
    JAXLORA_ISA::linear_f32,          \
    JAXLORA_ISA::linear_bf16,         \
+   JAXLORA_ISA::halve_rows,          \
+   JAXLORA_ISA::linear_f16,          \
    JAXLORA_ISA::store_new<float>,    \
    JAXLORA_ISA::store_new<uint16_t>, \
    JAXLORA_ISA::attend<float>,       \

@@ -23,6 +23,15 @@ struct Linear {
   int64_t m, k, n;
 };
 
+// The same in half precision (halves.h): w is float16 [panels(n)][k][32], and x what `halve_rows` made of float32 rows.
+struct LinearF16 {
+  const uint32_t* x;    // [m, k] pairs of one float16 value
+  const float* scales;  // [m], what each row of y is multiplied with
+  const uint16_t* w;
+  float* y;
+  int64_t m, k, n;
+};
+
 // Row t of sequence b is at position starts[b] + t and lies in cache slot slots[b]; lengths[b] of its `t` rows are valid.
 //   q, out [b, t, heads, d]; k_new, v_new [b, t, kv, d]; k_cache, v_cache [slots, kv, s, d]
 struct Attention {
@@ -71,6 +80,9 @@ struct Kernels {
   // Items of `linear` are (block of kRowBlock rows, panel), panels fastest.
   void (*linear_f32)(const Linear&, int64_t begin, int64_t end);
   void (*linear_bf16)(const Linear&, int64_t begin, int64_t end);
+  // Null where the instruction set lacks arithmetic on float16. Items as of the others.
+  void (*halve_rows)(const float* x, uint32_t* halves, float* scales, int64_t k, int64_t row_begin, int64_t row_end);
+  void (*linear_f16)(const LinearF16&, int64_t begin, int64_t end);
   // Items of `store_new` are (sequence, kv head); of `attend` (sequence, tile, kv head), kv heads fastest.
   void (*store_new_f32)(const Attention&, int64_t begin, int64_t end);
   void (*store_new_bf16)(const Attention&, int64_t begin, int64_t end);
@@ -93,6 +105,6 @@ constexpr int64_t kColumnBlock = 320;  // columns of B that one item reads
 constexpr int64_t kTileQueries = 48;   // queries (tokens times heads of a group) that share a pass over keys and values
 constexpr int64_t kMaxHead = 256;      // largest head dimension
 
-extern const Kernels kAvx512Bf16, kAvx512, kAvx2;
+extern const Kernels kAvx512Fp16, kAvx512Bf16, kAvx512, kAvx2;
 
 }  // namespace jaxlora

@@ -11,17 +11,6 @@ INLINE void fetch(const T* p, int64_t count) {
   }
 }
 
-INLINE Vec load_part(const float* p, int64_t count) {
-  alignas(64) float lanes[kWidth] = {};
-  __builtin_memcpy(lanes, p, static_cast<size_t>(count) * sizeof(float));
-  return load(lanes);
-}
-INLINE Vec load_part(const uint16_t* p, int64_t count) {
-  alignas(64) uint16_t lanes[kWidth] = {};
-  __builtin_memcpy(lanes, p, static_cast<size_t>(count) * sizeof(uint16_t));
-  return load_bf16(lanes);
-}
-
 // hidden[row][i] = x[row] . a[i] for M rows and R ranks.
 template <int M, int R, typename T>
 INLINE void dot_ranks(const float* const* x, const T* a, float* const* hidden, int64_t rank, int64_t k) {

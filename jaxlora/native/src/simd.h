@@ -175,6 +175,18 @@ INLINE Vec load_value(const uint16_t* p) {
   return load_bf16(p);
 }
 
+// The first `count` values, then zeros.
+INLINE Vec load_part(const float* p, int64_t count) {
+  alignas(64) float lanes[kWidth] = {};
+  __builtin_memcpy(lanes, p, static_cast<size_t>(count) * sizeof(float));
+  return load(lanes);
+}
+INLINE Vec load_part(const uint16_t* p, int64_t count) {
+  alignas(64) uint16_t lanes[kWidth] = {};
+  __builtin_memcpy(lanes, p, static_cast<size_t>(count) * sizeof(uint16_t));
+  return load_bf16(lanes);
+}
+
 // To the nearest bfloat16, ties to even; NaN stays NaN.
 INLINE uint16_t to_bf16(float value) {
   uint32_t bits;
