@@ -49,14 +49,14 @@ def forward(
     config: ModelConfig,
     weights: Weights,
     tokens: Array,
-    positions: Array,
+    turned: tuple[Array, Array],
     attend: Attend,
     linears: Linears,
     norm: Norm,
     embedded: Callable[[Array], Array] = lambda x: x,
     remat: bool = False,
 ) -> Array:
-    """Hidden states after the final norm, `[B, T, D]`, for `tokens` and `positions` int32 `[B, T]`.
+    """Hidden states after the final norm, `[B, T, D]`, for `tokens` int32 `[B, T]`, whose positions have the `rotation` that `turned` gives.
 
     The layers are unrolled: a scan over stacked weights would copy them at every step on CPUs.
 
@@ -65,7 +65,7 @@ def forward(
         remat: a gradient keeps the input of each layer only, and computes the layer again.
     """
     batch, length = tokens.shape
-    cos, sin = rotation(config.rope, config.head_dim, positions)
+    cos, sin = turned
 
     def decoder_layer(index: int, layer: Layer, x: Array) -> Array:
         h = norm(x, layer.input_norm, config.rms_norm_eps)
@@ -123,7 +123,8 @@ def hidden_states(
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
         return attend_whole(q, k, v, window=config.windows[layer], segments=segments)
 
-    return forward(config, weights, tokens, positions, attend, linears, rms_norm, embedded, remat)
+    turned = rotation(config.rope, config.head_dim, positions)
+    return forward(config, weights, tokens, turned, attend, linears, rms_norm, embedded, remat)
 
 
 def attend_whole(q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:

@@ -16,7 +16,7 @@ from jaxlora import backend, weights
 from jaxlora.config import ModelConfig
 from jaxlora.kv_cache import KVCache, Rows
 from jaxlora.lora import Bank, BankLayout
-from jaxlora.model import forward, project
+from jaxlora.model import forward, project, rotation
 from jaxlora.text import Tokenizer
 from server.repository import PROJECT
 
@@ -61,7 +61,8 @@ def score(
         rows = Rows(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), jnp.full(1, CHUNK, jnp.int32))
         attend = lambda layer, q, k, v: chosen.attend(q, k, v, cache.k[layer], cache.v[layer], rows, config.windows[layer])[0]
         linears = chosen.linears(config, loaded, layout, bank, jnp.full(1, -1, jnp.int32))
-        logits = project(linears, forward(config, loaded, tokens[None], rows.positions(CHUNK), attend, linears, chosen.rms_norm))[0, :-1]
+        turned = rotation(config.rope, config.head_dim, rows.positions(CHUNK))
+        logits = project(linears, forward(config, loaded, tokens[None], turned, attend, linears, chosen.rms_norm))[0, :-1]
         losses = jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, tokens[1:, None], axis=1)[:, 0]
         return losses, jnp.argmax(logits, axis=1)
 

@@ -21,7 +21,7 @@ from jaxlora.engine.requests import MAX_BANNED
 from jaxlora.engine.sampling import History, Sampled, SamplerRows
 from jaxlora.kv_cache import KVCache, Rows
 from jaxlora.lora import Bank, BankLayout
-from jaxlora.model import forward, project
+from jaxlora.model import forward, project, rotation
 from jaxlora.weights import Weights
 
 
@@ -67,6 +67,8 @@ class Program:
         self.layout = BankLayout.of(config, sizes.max_lora_rank, sizes.output_layer)
         self.bank = Bank.empty(self.layout, sizes.lora_slots, dtype)
         self._weights, self._dtype = weights, dtype
+        # A table, since XLA on CPUs would compute the cosines and sines again for every head of every layer.
+        self._rotation = rotation(config.rope, config.head_dim, jnp.arange(sizes.max_seq_len)[None])
         self.reset()
         self._step = jax.jit(self._trace, donate_argnames="state", static_argnames="every_slot", compiler_options=backend.compiler_options or None)
         self._copy = jax.jit(_copy_positions, donate_argnames="state", static_argnames="length")
@@ -80,7 +82,7 @@ class Program:
         """One step: reads the rows' tokens, stores their keys and values, and samples a next token for every row. Waits for the result."""
         every_slot = batch.tokens.shape == (self.sizes.slots, 1)
         self.state, sampled = self._step(
-            self._weights, self.bank, self.state, batch.tokens, batch.slots, batch.starts, batch.lengths, batch.adapters, batch.emit,
+            self._weights, self._rotation, self.bank, self.state, batch.tokens, batch.slots, batch.starts, batch.lengths, batch.adapters, batch.emit,
             batch.sampler, every_slot=every_slot and len(self.batch_sizes) == 1,
         )
         return jax.device_get(sampled)
@@ -140,8 +142,8 @@ class Program:
         return sum(jitted._cache_size() for jitted in (self._step, self._copy, self._record, self._clear, lora.put))
 
     def _trace(
-        self, weights: Weights, bank: Bank, state: State, tokens: Array, slots: Array, starts: Array, lengths: Array, adapters: Array,
-        emit: Array, sampler: SamplerRows, *, every_slot: bool,
+        self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, tokens: Array, slots: Array, starts: Array,
+        lengths: Array, adapters: Array, emit: Array, sampler: SamplerRows, *, every_slot: bool,
     ) -> tuple[State, Sampled]:
         config, length = self.config, tokens.shape[1]
         rows = Rows(slots, starts, lengths, every_slot)
@@ -152,7 +154,8 @@ class Program:
             return out
 
         linears = self.backend.linears(config, weights, self.layout, bank, adapters)
-        hidden = forward(config, weights, tokens, rows.positions(length), attend, linears, self.backend.rms_norm)
+        turned = jax.tree.map(lambda table: table[0].at[rows.positions(length)].get(mode="clip"), rotations)
+        hidden = forward(config, weights, tokens, turned, attend, linears, self.backend.rms_norm)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         logits = project(linears, last)[:, 0]
         history = state.history
