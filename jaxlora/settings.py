@@ -127,6 +127,10 @@ class Settings:
     tokens_per_s_per_adapter: float = _setting(0.0, _number(0), "prompt and generated tokens a second of one adapter; 0: no bound")
     tokens_per_s_per_user: float = _setting(0.0, _number(0), "prompt and generated tokens a second of all adapters of one user; 0: no bound")
     rate_burst_s: float = _setting(10.0, _number(0.1), "so many seconds' worth of these tokens may come at once")
+    stream_responses_per_s: float = _setting(
+        0.0, _number(0), "responses between the first and the last that all streams together get in a second; over it, one carries several tokens;"
+        " 0: 150 for each CPU core",
+    )  # fmt: skip
     grace_s: float = _setting(30.0, _number(0), "seconds that running answers have to finish when the server is told to stop")
     breaker_queue_s: float = _setting(0.0, _number(0), "mean wait for a slot over which new requests are refused for a time, in seconds; 0: none")
     breaker_token_s: float = _setting(0.0, _number(0), "the same for the mean time per output token, in seconds; 0: none")

@@ -25,7 +25,7 @@ class TritonPythonModel:
         log = RequestLog(self.settings.request_log)
         self.service = LoraService(self.settings, store, backend.progress, log=log, stopped=self._stopped)
         self.service.observer.registry.set("lora_engine_restarts", value=lifeline.restarts())
-        self.sender, self.watcher = Sender(), Watcher()
+        self.sender, self.watcher = Sender(self.settings.stream_responses_per_s), Watcher()
         self.metrics = MetricsSender(self.service.observer.registry, self.service.state.record)
         self.lifeline = lifeline.Member(self._drain)
 

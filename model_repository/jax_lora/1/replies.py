@@ -1,12 +1,13 @@
 """From the engine's pieces of text to Triton's responses.
 
 The engine's thread only leaves pieces here. One thread sends them, since a response costs about a millisecond of a core, which the engine
-would lose; a stream that has fallen behind gets several tokens in one response. Another thread looks for clients that went away.
+would lose; where there are many streams, or one has fallen behind, it gets several tokens in one response (`server.pacing`). Another thread looks for clients that went away.
 """
 
 import json
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +18,10 @@ from jaxlora.engine import Handle
 from jaxlora.errors import ServingError
 from jaxlora.service.answers import Ending, Listener, Piece, logprobs_json
 from server import backend
+from server.pacing import Pace
 
 WATCH_INTERVAL_S = 0.2
+_NOTHING: Any = object()  # in the place of what did not come in time
 
 
 class Row:
@@ -83,21 +86,26 @@ class Replies:
             self._open_rows -= 1
             self._ready = self._open_rows == 0
         if self._ready:
-            self._enqueue()
+            self._enqueue(last=True)
 
     def failed(self, error: ServingError) -> None:
         with self._lock:
             first, self._error = self._error is None, self._error or error
         if first:
-            self._enqueue()
+            self._enqueue(last=True)
             self.cancel()
 
-    def _enqueue(self) -> None:
+    def _enqueue(self, last: bool = False) -> None:
         with self._lock:
-            if self._queued or self.closed:
+            if (self._queued and not last) or self.closed:
                 return
             self._queued = True
         self._sender.enqueue(self)
+
+    def complete(self) -> bool:
+        """Whether what is sent next is the last response."""
+        with self._lock:
+            return self._ready or self._error is not None
 
     def flush(self) -> None:
         """Sends what has gathered. Called by the sender's thread."""
@@ -159,10 +167,15 @@ def _numbers(name: str, values: list[Any], dtype: type) -> Any:
 
 
 class Sender:
-    """The one thread that sends responses, in the order in which requests had something to send."""
+    """The one thread that sends responses, in the order in which requests had something to send.
 
-    def __init__(self) -> None:
+    Arguments:
+        rate: see `Pace`.
+    """
+
+    def __init__(self, rate: float) -> None:
         self._queue: queue.SimpleQueue[Replies | None] = queue.SimpleQueue()
+        self._pace: Pace[Replies] = Pace(rate)
         self._thread = threading.Thread(target=self._run, name="sender", daemon=True)
         self._thread.start()
 
@@ -175,12 +188,28 @@ class Sender:
         self._thread.join()
 
     def _run(self) -> None:
-        while (replies := self._queue.get()) is not None:
+        while True:
             try:
-                replies.flush()
-            except Exception as error:  # a client that is gone must not end the answers of the others
-                print(f"jax_lora: a response could not be sent: {error}", flush=True)
-                replies.cancel()
+                replies = self._queue.get(timeout=self._pace.wait(time.monotonic()))
+            except queue.Empty:
+                replies = _NOTHING
+            if replies is None:
+                return
+            now = time.monotonic()
+            due = self._pace.take(now)
+            if replies is not _NOTHING and (replies.complete() or self._pace.due(replies, now)):
+                due.append(replies)
+            for each in due:
+                self._flush(each)
+
+    def _flush(self, replies: Replies) -> None:
+        try:
+            replies.flush()
+        except Exception as error:  # a client that is gone must not end the answers of the others
+            print(f"jax_lora: a response could not be sent: {error}", flush=True)
+            replies.cancel()
+        if replies.closed:
+            self._pace.ended(replies)
 
 
 class Watcher:
