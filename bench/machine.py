@@ -1,7 +1,8 @@
 """The machine: what it is, and its limits as measured: `python -m bench.machine` prints them as JSON.
 
 The limits are what products of matrices can reach at most. Reading memory: the largest value of arrays larger than any cache, one a
-core (NumPy's dot product of the same arrays waits for its sums, and reaches two thirds of that). Arithmetic: the fastest large matrix product of those at hand, by type.
+core (NumPy's dot product of the same arrays waits for its sums, and reaches two thirds of that). Arithmetic: the fastest large matrix
+product of those at hand, by type.
 """
 
 import json
