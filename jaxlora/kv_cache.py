@@ -10,6 +10,7 @@ from jax import Array
 
 from jaxlora.config import ModelConfig
 from jaxlora.kv_length import BLOCK, cache_length
+from jaxlora.updates import update_slice
 
 _NEGATIVE = -1e30
 
@@ -58,7 +59,7 @@ def write(cache: Array, new: Array, rows: Rows) -> Array:
     new = new.astype(cache.dtype).swapaxes(1, 2)
     for row in range(batch):
         slot = row if rows.every_slot else rows.slots[row]
-        cache = jax.lax.dynamic_update_slice(cache, new[row][None], (slot, 0, starts[row], 0))
+        cache = update_slice(cache, new[row][None], (slot, 0, starts[row], 0))
     return cache
 
 

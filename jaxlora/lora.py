@@ -16,6 +16,7 @@ from jax import Array
 
 from jaxlora.config import OUTPUT_LAYER, LinearAt, ModelConfig
 from jaxlora.model import Adapt
+from jaxlora.updates import update_slice
 
 
 class Pair(Protocol):
@@ -118,7 +119,7 @@ class Bank:
 @functools.partial(jax.jit, donate_argnames="bank")
 def put(bank: Bank, slot: Array, vector: Array, rank: Array) -> Bank:
     """The bank with one slot replaced, in place. `vector` is `[layout.size]`."""
-    data = jax.lax.dynamic_update_slice(bank.data, vector[None].astype(bank.data.dtype), (slot, 0))
+    data = update_slice(bank.data, vector[None].astype(bank.data.dtype), (slot, 0))
     return Bank(data, bank.ranks.at[slot].set(rank))
 
 

@@ -22,6 +22,7 @@ from jaxlora.engine.sampling import History, Sampled, SamplerRows
 from jaxlora.kv_cache import KVCache, Rows
 from jaxlora.lora import Bank, BankLayout
 from jaxlora.model import forward, project, rotation
+from jaxlora.updates import update_slice
 from jaxlora.weights import Weights
 
 
@@ -71,7 +72,9 @@ class Program:
         self._rotation = rotation(config.rope, config.head_dim, jnp.arange(sizes.max_seq_len)[None])
         self.reset()
         self._step = jax.jit(self._trace, donate_argnames="state", static_argnames="every_slot", compiler_options=backend.compiler_options or None)
-        self._copy = jax.jit(_copy_positions, donate_argnames="state", static_argnames="length")
+        # Two programs: in one, XLA would copy the whole cache, since what is read lies in what is written.
+        self._read = jax.jit(_read_positions, static_argnames="length")
+        self._write = jax.jit(_write_positions, donate_argnames="state")
         self._record = jax.jit(_record_prompt, donate_argnames="state")
         self._clear = jax.jit(_empty_slot, donate_argnames="state")
         self.cut_invariant = backend.cut_invariant
@@ -119,7 +122,8 @@ class Program:
         chunk = self.sizes.prefill_chunk
         for start in range(0, len(tokens), chunk):
             if source != slot:
-                self.state = self._copy(self.state, np.int32(source), np.int32(slot), np.int32(start), length=chunk)
+                part = self._read(self.state.cache, np.int32(source), np.int32(start), length=chunk)
+                self.state = self._write(self.state, part, np.int32(slot), np.int32(start))
             if record:
                 part = np.zeros((1, chunk), np.int32)
                 length = min(chunk, len(tokens) - start)
@@ -139,7 +143,7 @@ class Program:
 
     def compiled(self) -> int:
         """How many programs have been compiled; constant after `warm_up`."""
-        return sum(jitted._cache_size() for jitted in (self._step, self._copy, self._record, self._clear, lora.put))
+        return sum(jitted._cache_size() for jitted in (self._step, self._read, self._write, self._record, self._clear, lora.put))
 
     def _trace(
         self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, tokens: Array, slots: Array, starts: Array,
@@ -166,14 +170,14 @@ class Program:
         return State(KVCache(tuple(keys), tuple(values)), history), sampled
 
 
-def _copy_positions(state: State, source: Array, slot: Array, start: Array, *, length: int) -> State:
-    """The state with positions `[start, start + length)` of one slot's keys and values copied to another slot."""
+def _read_positions(cache: KVCache, source: Array, start: Array, *, length: int) -> KVCache:
+    """The keys and values of positions `[start, start + length)` of one slot, each `[1, K, length, C]`."""
+    return jax.tree.map(lambda whole: jax.lax.dynamic_slice(whole, (source, 0, start, 0), (1, whole.shape[1], length, whole.shape[3])), cache)
 
-    def copied(cache: Array) -> Array:
-        part = jax.lax.dynamic_slice(cache, (source, 0, start, 0), (1, cache.shape[1], length, cache.shape[3]))
-        return jax.lax.dynamic_update_slice(cache, part, (slot, 0, start, 0))
 
-    return State(jax.tree.map(copied, state.cache), state.history)
+def _write_positions(state: State, part: KVCache, slot: Array, start: Array) -> State:
+    """The state with what `_read_positions` gave in the cache of a slot, from position `start` on."""
+    return State(jax.tree.map(lambda whole, new: update_slice(whole, new, (slot, 0, start, 0)), state.cache, part), state.history)
 
 
 def _record_prompt(state: State, slots: Array, tokens: Array, starts: Array, lengths: Array) -> State:
@@ -181,7 +185,10 @@ def _record_prompt(state: State, slots: Array, tokens: Array, starts: Array, len
 
 
 def _empty_slot(state: State, slot: Array) -> State:
-    return State(jax.tree.map(lambda cache: cache.at[slot].set(0), state.cache), state.history)
+    def emptied(cache: Array) -> Array:
+        return update_slice(cache, jnp.zeros((1, *cache.shape[1:]), cache.dtype), (slot, 0, 0, 0))
+
+    return State(jax.tree.map(emptied, state.cache), state.history)
 
 
 def _is_usable(tree: Any) -> bool:
