@@ -129,7 +129,7 @@ class Settings:
     rate_burst_s: float = _setting(10.0, _number(0.1), "so many seconds' worth of these tokens may come at once")
     stream_responses_per_s: float = _setting(
         0.0, _number(0), "responses between the first and the last that all streams together get in a second; over it, one carries several tokens;"
-        " 0: 150 for each CPU core",
+        " 0: 100 for each CPU core",
     )  # fmt: skip
     grace_s: float = _setting(30.0, _number(0), "seconds that running answers have to finish when the server is told to stop")
     breaker_queue_s: float = _setting(0.0, _number(0), "mean wait for a slot over which new requests are refused for a time, in seconds; 0: none")

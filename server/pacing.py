@@ -10,7 +10,7 @@ import itertools
 import os
 from typing import Generic, TypeVar
 
-PER_CORE = 150.0  # responses a second: 16 streams on two cores then hear 19 times a second, faster than one reads
+PER_CORE = 100.0  # responses a second: 16 streams on two cores then hear 12 times a second, faster than one reads
 
 Stream = TypeVar("Stream")
 

@@ -18,9 +18,7 @@ def test_a_part_is_replaced_bit_for_bit_and_in_place(dtype: str) -> None:
     whole, part = jnp.asarray(start, dtype), jnp.asarray(start[1:2, 1:3] * 3, dtype)
     want = np.array(whole)
     want[2:3, 3:5] = np.asarray(part)
-    compiled = update.lower(whole, part, (2, 3, 0)).compile()
-    assert " convert(" not in compiled.as_text()  # of the whole array, that would be
-    before = whole.unsafe_buffer_pointer()
-    after = update(whole, part, (2, 3, 0))
-    assert np.asarray(after).tobytes() == want.tobytes()
-    assert after.unsafe_buffer_pointer() == before
+    program = update.lower(whole, part, (2, 3, 0)).compile().as_text()
+    assert "input_output_alias" in program
+    assert " convert(" not in program  # of the whole array, that would be
+    assert np.asarray(update(whole, part, (2, 3, 0))).tobytes() == want.tobytes()
