@@ -16,8 +16,9 @@ def measure(context: Context) -> dict[str, Any]:
     ways: dict[str, list[arithmetic.Run]] = {"engine alone": [], "through Triton, streamed": [], "through Triton, in one piece": []}
     with context.systems(["engine", "triton"], prepared, settings) as session:
         for repetition in range(-1, context.options.repeat):
-            requests = context.prompts.requests(ROW, prepared.names, repetition + 1)
-            for way, runs in ways.items():
+            for place, (way, runs) in enumerate(ways.items()):
+                # New prompts each time, so that no way finds in the prefix cache what another one asked.
+                requests = context.prompts.requests(ROW, prepared.names, (repetition + 1) * len(ways) + place)
                 system = "engine" if way == "engine alone" else "triton"
                 if system == "triton":
                     session.running["triton"].worker.call("set_stream", stream="streamed" in way)
