@@ -5,6 +5,7 @@ Pure functions on `Weights`. Letters in shapes: B sequences, T tokens of each, D
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ Attend = Callable[[int, Array, Array, Array], Array]
 Linears = Callable[[int | None, tuple[str, ...], Array], tuple[Array, ...]]
 # adapt(module path, x [..., in], y [..., out]) -> y with the LoRA update of that module added.
 Adapt = Callable[[str, Array, Array], Array]
+# attend(q, k, v, window, segments), as `attend_whole`.
+AttendWhole = Callable[[Array, Array, Array, int, Array | None], Array]
 
 # norm(x [..., n], scale [n], epsilon) -> [..., n], as `rms_norm`.
 Norm = Callable[[Array, Array, float], Array]
@@ -36,11 +39,16 @@ def no_adapter(path: str, x: Array, y: Array) -> Array:
 
 def plain_linears(config: ModelConfig, weights: Weights, adapt: Adapt = no_adapter) -> Linears:
     """One product for each linear layer, with `adapt` applied to it."""
+    return linears_by(config, weights, lambda path, dense, x: adapt(path, x, dense(x)))
+
+
+def linears_by(config: ModelConfig, weights: Weights, compute: Callable[[str, Any, Array], Array]) -> Linears:
+    """Each linear layer on its own: `compute(module path, layer of the weights, x [..., in])` gives `[..., out]`."""
 
     def linears(layer: int | None, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:
         if layer is None:
-            return (adapt(OUTPUT_LAYER, x, weights.head(x)),)
-        return tuple(adapt(config.module_path(layer, name), x, weights.layers[layer].linears[name](x)) for name in names)
+            return (compute(OUTPUT_LAYER, weights.head, x),)
+        return tuple(compute(config.module_path(layer, name), weights.layers[layer].linears[name], x) for name in names)
 
     return linears
 
@@ -113,17 +121,25 @@ def hidden_states(
     segments: Array | None = None,
     embedded: Callable[[Array], Array] = lambda x: x,
     remat: bool = False,
+    attend_all: AttendWhole | None = None,
 ) -> Array:
-    """Hidden states `[B, T, D]` of whole sequences without a cache: the form that training uses. Arguments as for `logits` and `forward`."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    """Hidden states `[B, T, D]` of whole sequences without a cache: the form that training uses. Arguments as for `logits` and `forward`.
+
+    Arguments:
+        attend_all: what computes as `attend_whole`, which is the default.
+    """
+    # A table, made once: XLA on CPUs would compute cosines and sines wherever a layer uses them.
+    with jax.ensure_compile_time_eval():
+        turned = rotation(config.rope, config.head_dim, jnp.arange(tokens.shape[1])[None])
     if segments is not None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
         positions = positions - jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
+        turned = tuple(part[0][positions] for part in turned)
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-        return attend_whole(q, k, v, window=config.windows[layer], segments=segments)
+        return (attend_all or attend_whole)(q, k, v, config.windows[layer], segments)
 
-    turned = rotation(config.rope, config.head_dim, positions)
     return forward(config, weights, tokens, turned, attend, linears, rms_norm, embedded, remat)
 
 

@@ -31,6 +31,11 @@ class Dense:
         y = jnp.matmul(x, self.kernel, precision=precision)
         return y if self.bias is None else y + self.bias
 
+    def transposed(self, y: Array) -> Array:
+        """`[..., out] -> [..., in]`: y times the transposed weights, in float32."""
+        precision = jax.lax.Precision.HIGHEST if y.dtype == jnp.float32 else None
+        return jnp.einsum("...v,dv->...d", y, self.kernel, precision=precision, preferred_element_type=jnp.float32)
+
 
 @struct.dataclass
 class Layer:

@@ -14,28 +14,32 @@ from jaxlora.errors import SetupError
 from jaxlora.settings import Settings
 from jaxlora.text import Tokenizer
 from jaxlora.weights import Weights
+from training import machine
+from training.machine import Machine
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The model named by the setting `MODEL`, with its tokenizer. `dtype` is that of the weights and the activations."""
+    """The model named by the setting `MODEL`, with its tokenizer. `dtype` is that of the weights."""
 
     settings: Settings
     folder: pathlib.Path
     config: ModelConfig
     tokenizer: Tokenizer
     dtype: str
+    machine: Machine
 
     @classmethod
     def find(cls, settings: Settings, dtype: str, say: Callable[[str], None]) -> "Base":
         """Reads everything but the weights. Raises SetupError."""
         keep_compiled_programs(settings.cache_dir)
         folder = resolve(settings.model, settings.cache_dir, say)
-        return cls(settings, folder, ModelConfig.from_folder(folder), Tokenizer.from_folder(folder), dtype)
+        chosen = machine.choose(settings.cache_dir / "native", dtype)
+        return cls(settings, folder, ModelConfig.from_folder(folder), Tokenizer.from_folder(folder), dtype, chosen)
 
     def load(self) -> Weights:
-        """The weights, on the default device. Raises SetupError."""
-        return weights.load(self.folder, self.config, self.dtype)
+        """The weights, packed for the machine, on the default device. Raises SetupError."""
+        return weights.load(self.folder, self.config, self.dtype, packing=self.machine.packing)
 
     @property
     def eos(self) -> int:

@@ -107,7 +107,7 @@ def build(task: Task) -> Method:
 def _with_references(task: Task, found: Sequence[Example]) -> list[Example]:
     return with_references(
         found,
-        Scorer(task.base.config, task.weights),
+        Scorer(task.base.config, task.weights, task.base.machine),
         _reference(task),
         model={**task.base.identity(), "dtype": task.base.dtype},
         folder=task.base.settings.cache_dir / "references",
@@ -126,7 +126,7 @@ def _with_others(task: Task, found: Sequence[Sequence[Example]]) -> list[Example
 
 
 def _divergence(task: Task) -> Callable[[Adapter, Window], float]:
-    evaluate = make_evaluation(task.base.config, preference.other_divergence)
+    evaluate = make_evaluation(task.base.config, preference.other_divergence, machine=task.base.machine)
     reference = _reference(task)
 
     def divergence(adapter: Adapter, window: Window) -> float:

@@ -124,7 +124,8 @@ def build(closing: contextlib.ExitStack, task: Task) -> Method:
     sampler = open_sampler(task, sampling, task.start)
     closing.callback(sampler.close)
     judge = Judge(sampler.sample, rewards, task.base.tokenizer.decode)
-    source = Groups(prompts, plan, judge, Scorer(task.base.config, task.weights), task.folder.path / "rollouts")
+    scorer = Scorer(task.base.config, task.weights, task.base.machine)
+    source = Groups(prompts, plan, judge, scorer, task.folder.path / "rollouts")
     held_out_rewards = HeldOutRewards(held_out, judge, options.seed) if held_out else None
     loss = GrpoLoss(
         options.loss,

@@ -13,8 +13,9 @@ from jax import Array
 
 from jaxlora.config import OUTPUT_LAYER, ModelConfig
 from jaxlora.lora import Adapter
-from jaxlora.model import hidden_states, no_adapter, plain_linears, project
+from jaxlora.model import hidden_states, linears_by, project
 from jaxlora.weights import Weights
+from training.machine import Machine, XlaMachine
 
 BLOCK = 256  # tokens whose logits are computed at the same time
 
@@ -35,6 +36,7 @@ class Policy:
     Arguments:
         adapter: None is the base model.
         noise: needs `key`; without a key there is none.
+        machine: what computes attention; `weights` are packed for it.
         remat: keep the inputs of the layers only for the backward pass: less memory, a third more time.
     """
 
@@ -44,12 +46,13 @@ class Policy:
     key: Array | None = None
     noise: Noise = Noise()
     remat: bool = False
+    machine: Machine = XlaMachine()
 
     def __call__(
         self, tokens: Array, segments: Array | None = None, temperature: float = 1.0, wanted: Array | None = None
     ) -> Array:
-        linears = plain_linears(self.config, self.weights, self._adapt)
-        hidden = hidden_states(self.config, self.weights, tokens, linears, segments, self._embedded, self.remat)
+        linears = linears_by(self.config, self.weights, self._linear)
+        hidden = hidden_states(self.config, self.weights, tokens, linears, segments, self._embedded, self.remat, self.machine.attend)
         wanted = jnp.ones_like(tokens) if wanted is None else wanted
         # The state at t - 1 predicts token t.
         hidden, targets, wanted = (
@@ -63,14 +66,14 @@ class Policy:
             found = target_log_probs(self.weights.head, hidden, jnp.where(wanted != 0, targets, -1), jnp.float32(temperature))
         return jnp.pad(found.reshape(tokens.shape[0], -1), ((0, 0), (1, 0)))
 
-    def _adapt(self, path: str, x: Array, y: Array) -> Array:
-        if self.adapter is None:
-            return no_adapter(path, x, y)
+    def _linear(self, path: str, dense: Any, x: Array) -> Array:
+        if self.adapter is None or path not in self.adapter.a:
+            return dense(x)
         if self.key is None or not self.noise.dropout:
-            return self.adapter(path, x, y)
+            return self.machine.adapted(dense, self.adapter, path, x)
         # crc32 and not hash(), which differs from process to process.
         kept = jax.random.bernoulli(jax.random.fold_in(self.key, zlib.crc32(path.encode())), 1 - self.noise.dropout, x.shape)
-        return self.adapter(path, jnp.where(kept, x / (1 - self.noise.dropout), 0).astype(x.dtype), y)
+        return self.adapter(path, jnp.where(kept, x / (1 - self.noise.dropout), 0).astype(x.dtype), dense(x))
 
     def _embedded(self, x: Array) -> Array:
         if self.key is None or not self.noise.embeddings:
@@ -87,7 +90,7 @@ def target_log_probs(head: Any, hidden: Array, targets: Array, temperature: Arra
     to the front.
 
     Arguments:
-        head: `[..., D] -> [..., V]`, a `jaxlora.weights.Dense`.
+        head: `[..., D] -> [..., V]`, with `transposed`: a `jaxlora.weights.Dense`, or what the machine's packing makes of it.
         hidden: `[N, D]`.
         targets: int32 `[N]`.
     """
@@ -118,8 +121,7 @@ def _blocks_forward(head: Any, hidden: Array, targets: Array, temperature: Array
         # d log p(target) / d logits = onehot(target) - softmax
         slope = jax.nn.one_hot(targets, logits.shape[1]) - jax.nn.softmax(logits)
         slope = jnp.where((targets < 0)[:, None], 0.0, slope).astype(hidden.dtype)
-        precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-        along = jnp.einsum("nv,dv->nd", slope, head.kernel, precision=precision, preferred_element_type=jnp.float32) / temperature
+        along = head.transposed(slope) / temperature
         return jnp.where(targets < 0, 0.0, found), along
 
     size, width = targets.shape[1], hidden.shape[2]

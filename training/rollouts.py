@@ -20,7 +20,7 @@ from jaxlora.engine import Engine, Limits, Program, Request, Result, SamplingPar
 from jaxlora.errors import ServingError
 from jaxlora.lora import Adapter
 from jaxlora.peft import LoraPair
-from jaxlora.weights import PlainPacking, Weights
+from jaxlora.weights import Dense, PlainPacking, Weights
 
 # Nobody else uses the engine, so a request that waits for a slot waits for its neighbours only.
 _PATIENCE_S = 24 * 3600.0
@@ -192,6 +192,6 @@ class _Sink:
 
 def _weights(folder: pathlib.Path, config: ModelConfig, base: Weights, chosen: backend.Backend, dtype: str) -> Weights:
     # One device only: arrays that training has spread over a mesh can't be mixed with those of the engine.
-    if isinstance(chosen.packing, PlainPacking) and base.embed.dtype == dtype and len(base.embed.devices()) == 1:
+    if isinstance(chosen.packing, PlainPacking) and isinstance(base.head, Dense) and base.embed.dtype == dtype and len(base.embed.devices()) == 1:
         return base
     return weights.load(folder, config, dtype, packing=chosen.packing)

@@ -68,7 +68,8 @@ def _run(script: str, options: Options, build: Build) -> int:
     with folder.held(run_config(task, method, script), options.restart):
         task_scores = TaskScores(task, method.questions, metrics) if metrics else None
         more_scores = task_scores or method.scores or (lambda adapter: {})
-        trainer = Trainer(options, task.base.config, task.weights, method, task.start, folder, say, more_scores)
+        base = task.base
+        trainer = Trainer(options, base.config, task.weights, method, task.start, folder, say, more_scores, base.machine)
         say(f"{trainer.total_steps} steps of {options.batch_size} examples, in {folder.path}")
         outcome = trainer.run()
         mark = _mark(folder)

@@ -21,6 +21,7 @@ from jaxlora.lora import Adapter
 from jaxlora.weights import Weights
 from training.losses import Batch, LogProbs, Loss, Terms
 from training.method import Window
+from training.machine import Machine, XlaMachine
 from training.policy import Noise, Policy
 
 AXIS = "data"
@@ -69,18 +70,24 @@ def new_state(adapter: Adapter, optimizer: optax.GradientTransformation, scale: 
 
 
 def make_step(
-    config: ModelConfig, loss: Loss, optimizer: optax.GradientTransformation, options: StepOptions, mesh: Mesh | None = None
+    config: ModelConfig,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    options: StepOptions,
+    mesh: Mesh | None = None,
+    machine: Machine = XlaMachine(),
 ) -> Callable[[State, Weights, Adapter | None, Window, Array], tuple[State, Report]]:
     """`step(state, weights, reference, window, key)`, compiled once for each shape of window. The state is given away.
 
     Arguments:
         mesh: with one axis, `data`: every device takes its share of the examples of each micro-batch.
+        machine: what computes; `weights` are packed for it.
     """
 
     def slopes_of(window: Window, weights: Weights, reference: Adapter | None, adapter: Adapter, key: Array, scale: Array) -> Any:
         def scaled_total(adapter: Adapter, batch: Batch, key: Array) -> tuple[Array, Terms]:
-            policy = Policy(config, weights, adapter, key, options.noise, options.remat)
-            terms = loss(policy, _frozen(Policy(config, weights, reference)), batch)
+            policy = Policy(config, weights, adapter, key, options.noise, options.remat, machine)
+            terms = loss(policy, _frozen(Policy(config, weights, reference, machine=machine)), batch)
             return terms.total * scale, terms
 
         def of_batch(batch: Batch, number: Array) -> tuple[Adapter, Terms]:
@@ -101,12 +108,12 @@ def make_step(
 
 
 def make_evaluation(
-    config: ModelConfig, loss: Loss, mesh: Mesh | None = None
+    config: ModelConfig, loss: Loss, mesh: Mesh | None = None, machine: Machine = XlaMachine()
 ) -> Callable[[Adapter | None, Weights, Adapter | None, Window], Terms]:
     """`evaluate(adapter, weights, reference, window)`: the terms of a window, without noise. Compiled once for each shape."""
 
     def terms_of(window: Window, weights: Weights, reference: Adapter | None, adapter: Adapter | None) -> Terms:
-        policy, reference = Policy(config, weights, adapter), Policy(config, weights, reference)
+        policy, reference = (Policy(config, weights, of, machine=machine) for of in (adapter, reference))
         return _sum_over_batches(lambda batch, number: loss(policy, reference, batch), window)
 
     terms_of = _over_devices(terms_of, mesh)

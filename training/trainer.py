@@ -20,6 +20,7 @@ from jaxlora.lora import Adapter
 from jaxlora.weights import Weights
 from training.checkpoints import Checkpoints
 from training.curve import draw
+from training.machine import Machine, XlaMachine
 from training.method import HeldOut, Method, Window
 from training.optimizers import make_optimizer, make_schedule
 from training.options import Options
@@ -86,6 +87,7 @@ class Trainer:
         start: the adapter to start from.
         held_out_scores: more scores of an adapter on held-out data, for example task metrics, by name.
         say: told what is going on before there is a progress bar.
+        machine: what computes; `weights` are packed for it.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Trainer:
         folder: RunFolder,
         say: Callable[[str], None],
         held_out_scores: Callable[[Adapter], Mapping[str, float]] = lambda adapter: {},
+        machine: Machine = XlaMachine(),
     ):
         self._options, self._method, self._folder, self._say = options, method, folder, say
         self._held_out_scores = held_out_scores
@@ -115,8 +118,8 @@ class Trainer:
             options.remat,
             options.dtype == "float16",
         )
-        self.step = make_step(config, method.loss, self._optimizer, step_options, self._mesh)
-        self._evaluate = make_evaluation(config, method.loss, self._mesh)
+        self.step = make_step(config, method.loss, self._optimizer, step_options, self._mesh, machine)
+        self._evaluate = make_evaluation(config, method.loss, self._mesh, machine)
         self._weights = self._everywhere(weights)
         self._start = start
         self._reference = self._everywhere(start) if method.reference == "start" else None

@@ -12,6 +12,7 @@ Contract
 Knows nothing of models, adapters as files, or the engine.
 """
 
+from jaxlora.native.gradients import adapted_linear, causal_attention, frozen_linear
 from jaxlora.native.kernels import Kernels, LoraModule, Packed, pack_linear
 from jaxlora.native.loading import load
 from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_linear, twin_lora, twin_rms_norm
@@ -20,6 +21,9 @@ __all__ = [
     "Kernels",
     "LoraModule",
     "Packed",
+    "adapted_linear",
+    "causal_attention",
+    "frozen_linear",
     "load",
     "pack_linear",
     "twin_argmax_logsumexp",

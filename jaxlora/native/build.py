@@ -4,6 +4,7 @@ Knows the compiler and its flags; knows nothing of JAX arrays. A build goes to a
 processes that start together never see half of one.
 """
 
+import concurrent.futures
 import hashlib
 import os
 import pathlib
@@ -82,8 +83,10 @@ def _build(command: list[str], folder: pathlib.Path) -> pathlib.Path:
             failure = error
     if not known:
         raise failure
-    objects.append(_compile(command, "pool.cc", [], folder))
-    objects.append(_compile(command, "ffi.cc", [*known, "-isystem", jax.ffi.include_dir()], folder))
+    others = sorted({path.name for path in SOURCES.glob("*.cc")} - {f"{isa}.cc" for isa in ISA_FLAGS})
+    flags = [*known, "-isystem", jax.ffi.include_dir()]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as compilers:
+        objects.extend(compilers.map(lambda name: _compile(command, name, flags, folder), others))
     built = folder / "library.so"
     _run([*command, "-shared", "-pthread", "-o", str(built), *map(str, objects)])
     return built

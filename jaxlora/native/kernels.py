@@ -16,6 +16,10 @@ Array = jax.Array
 PANEL = 32  # columns of a panel; kPanel in src/kernels.h
 
 
+# What the weights of a `Packed` are, by the type that holds them.
+KINDS = {"float32": "f32", "float16": "f16", "uint32": "bf16"}
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["k", "n"])
 @dataclasses.dataclass(frozen=True)
 class Packed:
@@ -24,6 +28,10 @@ class Packed:
     data: Array
     k: int
     n: int
+
+    @property
+    def kind(self) -> str:
+        return KINDS[str(self.data.dtype)]
 
 
 class LoraModule(NamedTuple):
@@ -84,9 +92,8 @@ class Kernels:
         """float32 [..., n] = x [..., k] @ w, in float32; where the weights are bfloat16, `avx512bf16` rounds x to it, and `avx512fp16`
         adds up in float16, 32 products at a time."""
         rows = x.reshape(-1, w.k).astype(jnp.float32)
-        name = {"float32": "jaxlora_linear_f32", "float16": "jaxlora_linear_f16", "uint32": "jaxlora_linear_bf16"}[str(w.data.dtype)]
         result = jax.ShapeDtypeStruct((rows.shape[0], w.n), jnp.float32)
-        return jax.ffi.ffi_call(name, result)(rows, w.data).reshape(*x.shape[:-1], w.n)
+        return jax.ffi.ffi_call(f"jaxlora_linear_{w.kind}", result)(rows, w.data).reshape(*x.shape[:-1], w.n)
 
     @staticmethod
     def attention(

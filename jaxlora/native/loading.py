@@ -10,6 +10,10 @@ import jax
 from jaxlora.native import build, selfcheck
 from jaxlora.native.kernels import Kernels
 
+_TARGETS = (
+    "linear_f32", "linear_bf16", "linear_f16", "attention", "causal", "causal_gradient", "adapted_f32", "adapted_bf16",
+    "adapted_gradient_f32", "adapted_gradient_bf16", "lora", "summarize", "rms_norm",
+)  # fmt: skip
 _lock = threading.Lock()
 _loaded: list[tuple[pathlib.Path, ctypes.CDLL]] = []  # at most one: the targets of jax.ffi belong to the process
 
@@ -37,7 +41,7 @@ def load(build_dir: os.PathLike[str] | str, isa: str | None = None) -> Kernels |
             except (build.BuildError, OSError) as error:
                 return str(error)
             library.jaxlora_select.restype = ctypes.c_char_p
-            for name in ("linear_f32", "linear_bf16", "linear_f16", "attention", "lora", "summarize", "rms_norm"):
+            for name in _TARGETS:
                 handler = jax.ffi.pycapsule(getattr(library, f"jaxlora_{name}"))
                 jax.ffi.register_ffi_target(f"jaxlora_{name}", handler, platform="cpu")
             _loaded.append((path, library))

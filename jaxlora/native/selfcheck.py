@@ -3,12 +3,15 @@ form of the attention kernel) must cost speed and not answers.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from jaxlora.native.kernels import Kernels, LoraModule
+from jaxlora.native.gradients import adapted_linear, causal_attention
+from jaxlora.native.kernels import Kernels, LoraModule, pack_linear
 from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_linear, twin_lora, twin_rms_norm
 
 
@@ -55,6 +58,38 @@ def _lora(dtype: str, kernels: Kernels) -> bool:
     return _close(kernels.lora(*arguments, **options), twin_lora(jnp.asarray(arguments[0]), *arguments[1:], **options))
 
 
+def _causal(kernels: Kernels) -> bool:
+    q, k, v, slope = (_normal(2, 70, heads, 64) + at for at, heads in enumerate((4, 2, 2, 4)))
+    segments = jnp.asarray(np.repeat([[0, 1], [2, 3]], 35, axis=1))
+    attend = functools.partial(causal_attention, scale=0.125, window=30)
+    return _close(*(_with_slopes(f, slope, q, k, v) for f in (lambda *qkv: attend(*qkv, segments), _twin_causal(segments))))
+
+
+def _twin_causal(segments: Array) -> Callable[..., Array]:
+    batch, length = segments.shape
+    at = jnp.arange(length)
+    seen = (segments[:, :, None] == segments[:, None, :]) & (at <= at[:, None]) & (at > at[:, None] - 30)
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        keys, values = (jnp.repeat(array, q.shape[2] // k.shape[2], axis=2) for array in (k, v))
+        scores = jnp.where(seen[:, None], jnp.einsum("bthd,bshd->bhts", q, keys, precision="highest") * 0.125, -1e30)
+        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), values, precision="highest")
+
+    return attend
+
+
+def _adapted(kernels: Kernels) -> bool:
+    w, x, a, b, slope = _normal(64, 96), _normal(70, 64), _normal(5, 64), _normal(96, 5), _normal(70, 96)
+    packed = pack_linear(w), pack_linear(w.T)
+    plain = lambda x, a, b: twin_linear(x, w) + 0.3 * twin_linear(twin_linear(x, a.T), b.T)
+    return _close(*(_with_slopes(f, slope, x, a, b) for f in (lambda *xab: adapted_linear(xab[0], *packed, *xab[1:], 0.3), plain)))
+
+
+def _with_slopes(function: Callable[..., Array], slope: np.ndarray, *inputs: np.ndarray) -> tuple:
+    result, back = jax.vjp(function, *map(jnp.asarray, inputs))
+    return result, back(jnp.asarray(slope))
+
+
 def _summary(kernels: Kernels) -> bool:
     logits = _normal(3, 1000) * 10
     return _close(kernels.argmax_logsumexp(logits), twin_argmax_logsumexp(logits))
@@ -69,4 +104,4 @@ _CHECKS = {
     f"{name} in {dtype}": functools.partial(check, dtype)
     for name, check in (("linear", _linear), ("attention", _attention), ("lora", _lora))
     for dtype in ("float32", "bfloat16")
-} | {"argmax_logsumexp": _summary, "rms_norm": _norm}
+} | {"causal_attention": _causal, "adapted_linear": _adapted, "argmax_logsumexp": _summary, "rms_norm": _norm}

@@ -4,7 +4,10 @@ import pathlib
 
 import pytest
 
+from jaxlora import native
+from jaxlora.settings import Settings
 from tests.training import tiny
+from training.machine import Machine, NativeMachine, XlaMachine
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +18,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module", params=["xla", "native"])
+def machine(request: pytest.FixtureRequest) -> Machine:
+    """Every way of training that this machine has."""
+    if request.param == "xla":
+        return XlaMachine()
+    kernels = native.load(Settings.read().cache_dir / "native")
+    if isinstance(kernels, str):
+        pytest.skip(kernels)
+    return NativeMachine(kernels)

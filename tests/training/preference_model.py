@@ -16,6 +16,7 @@ from jaxlora.lora import Adapter
 from jaxlora.weights import Weights
 from tests.parity import checkpoints
 from training.losses import Loss
+from training.machine import Machine
 from training.step import StepOptions, make_step, new_state
 
 from . import preference_runs as runs
@@ -33,16 +34,18 @@ class Model:
     weights: Weights
     adapter: Adapter
     fingerprints: dict[str, str]
+    machine: Machine
 
 
-def load(folder: pathlib.Path) -> Model:
-    """Written below `folder` and read back."""
+def load(folder: pathlib.Path, machine: Machine) -> Model:
+    """Written below `folder` and read back, with the weights packed for the machine."""
     base = checkpoints.write_checkpoint(folder / checkpoints.BASE, runs.ARCHITECTURE)
     adapter = checkpoints.write_adapter(folder / runs.ADAPTER, runs.ARCHITECTURE, runs.ADAPTER)
     config = ModelConfig.from_folder(base)
     modules = peft.read(adapter, config, LIMITS).modules
     prints = {path.name: checkpoints.fingerprint(path) for path in (base, adapter)}
-    return Model(base, config, weights.load(base, config), Adapter.from_pairs(modules), prints)
+    loaded = weights.load(base, config, packing=machine.packing)
+    return Model(base, config, loaded, Adapter.from_pairs(modules), prints, machine)
 
 
 def padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -77,7 +80,7 @@ def trainer(
     """
     rates = jnp.array([runs.learning_rate(step) for step in range(runs.STEPS)])
     optimizer = optax.adamw(lambda step: rates[step], weight_decay=0.0)
-    step = make_step(model.config, loss, optimizer, StepOptions(max_norm=runs.MAX_GRAD_NORM))
+    step = make_step(model.config, loss, optimizer, StepOptions(max_norm=runs.MAX_GRAD_NORM), machine=model.machine)
 
     def train(windows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         state = new_state(jax.tree.map(jnp.copy, model.adapter), optimizer)

@@ -15,8 +15,10 @@ import pytest
 from jax import Array
 
 from jaxlora.lora import Adapter
+from jaxlora.settings import Settings
 from training.losses import Batch, LogProbs, Terms, preference
 from training.losses.preference import Answers, PreferenceLoss, UnpairedLoss, orpo
+from training.machine import choose
 from training.step import make_evaluation
 
 from . import preference_model, preference_runs as runs
@@ -29,7 +31,7 @@ DRIFT = 1e-5  # relative, on average over the steps: differences have to come ou
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return preference_model.load(tmp_path_factory.mktemp("model"))
+    return preference_model.load(tmp_path_factory.mktemp("model"), choose(Settings.read().cache_dir / "native", "float32"))
 
 
 @pytest.fixture(scope="module", params=SOURCES)
@@ -91,7 +93,7 @@ def ours(model: Model) -> Callable[[str], dict[str, np.ndarray]]:
 @pytest.fixture(scope="module")
 def our_kto(model: Model) -> dict[str, np.ndarray]:
     loss = UnpairedLoss(runs.KTO_BETA, runs.KTO_DESIRABLE, runs.KTO_UNDESIRABLE)
-    divergence = make_evaluation(model.config, preference.other_divergence)
+    divergence = make_evaluation(model.config, preference.other_divergence, machine=model.machine)
 
     def with_kl(window: dict[str, np.ndarray], adapter: Adapter) -> dict[str, np.ndarray]:
         terms = divergence(adapter, model.weights, model.adapter, window)

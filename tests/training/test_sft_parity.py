@@ -15,6 +15,7 @@ from jaxlora.lora import Adapter
 from jaxlora.model import logits
 from training.lora_init import new_adapter, to_peft
 from training.losses.sft import sft
+from training.machine import Machine
 from training.step import StepOptions, make_step, new_state
 
 from . import preference_model
@@ -28,8 +29,8 @@ DRIFT = 1e-5  # relative, on average over the steps: differences have to come ou
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return preference_model.load(tmp_path_factory.mktemp("model"))
+def model(tmp_path_factory: pytest.TempPathFactory, machine: Machine) -> Model:
+    return preference_model.load(tmp_path_factory.mktemp("model"), machine)
 
 
 @pytest.fixture(scope="module", params=SOURCES)
@@ -74,7 +75,7 @@ def test_peft_answers_as_we_do_with_an_adapter_that_was_trained_here(model: Mode
     )
     optimizer = optax.adamw(3e-2)
     state = new_state(new_adapter(model.config, raw, 0), optimizer)
-    step = make_step(model.config, sft, optimizer, StepOptions())
+    step = make_step(model.config, sft, optimizer, StepOptions(), machine=model.machine)
     for window in windows(2)[:5]:
         state, _ = step(state, model.weights, None, window, jax.random.key(0))
     peft.write(tmp_path, to_peft(state.adapter, raw))

@@ -13,6 +13,8 @@ namespace {
 #include "linear.h"
 #include "halves.h"
 #include "attention.h"
+#include "causal.h"
+#include "adapted.h"
 #include "lora.h"
 #include "logits.h"
 #include "norm.h"
@@ -25,12 +27,16 @@ namespace {
    JAXLORA_ISA::round_rows,          \
    JAXLORA_ISA::linear_f32,          \
    JAXLORA_ISA::linear_bf16,         \
+   JAXLORA_ISA::project_rows,        \
+   JAXLORA_ISA::project_columns,     \
    JAXLORA_ISA::halve_rows,          \
    JAXLORA_ISA::linear_f16,          \
    JAXLORA_ISA::store_new<float>,    \
    JAXLORA_ISA::store_new<uint16_t>, \
    JAXLORA_ISA::attend<float>,       \
    JAXLORA_ISA::attend<uint16_t>,    \
+   JAXLORA_ISA::causal,              \
+   JAXLORA_ISA::causal_gradient,     \
    JAXLORA_ISA::lora_down<float>,    \
    JAXLORA_ISA::lora_down<uint16_t>, \
    JAXLORA_ISA::lora_up<float>,      \

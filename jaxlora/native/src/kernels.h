@@ -16,11 +16,18 @@ inline int64_t panels(int64_t n) {
 // y[m, n] = x[m, k] @ w, all float32 but for the weights.
 //   float32 weights  [panels(n)][k][32]
 //   bfloat16 weights [panels(n)][pairs of k][32][2], k padded to even with a zero
+// and with h [m, ranks] @ b [panels(n)][ranks][32] added, where there are ranks.
+struct Update {
+  const float *h, *b;
+  int64_t ranks;
+};
+
 struct Linear {
   const void* x;  // float32 rows, or for bfloat16 weights what `round_rows` made of them
   const void* w;
   float* y;
   int64_t m, k, n;
+  Update update;
 };
 
 // The same in half precision (halves.h): w is float16 [panels(n)][k][32], and x what `halve_rows` made of float32 rows.
@@ -43,6 +50,18 @@ struct Attention {
   int64_t window;  // 0: none
   float scale;
   int64_t tile;  // tokens of a tile of queries
+};
+
+// Whole sequences without a cache. q, out, d_out and dq are [b, t, heads, d]; k, v, dk and dv are [b, t, kv, d]. A token sees those
+// before it, of the last `window` (0: all), that have its number in segments [b, t] (null: all). The forward pass writes `out`, the
+// gradient reads d_out and writes dq, dk and dv.
+struct Causal {
+  const float *q, *k, *v, *d_out;
+  const int32_t* segments;
+  float *out, *dq, *dk, *dv;
+  int64_t b, t, heads, kv, d;
+  int64_t window;
+  float scale;
 };
 
 // One module of a LoRA call: y[:, column : column + n] += (x A^T) B for the rows of each adapter.
@@ -80,6 +99,9 @@ struct Kernels {
   // Items of `linear` are (block of kRowBlock rows, panel), panels fastest.
   void (*linear_f32)(const Linear&, int64_t begin, int64_t end);
   void (*linear_bf16)(const Linear&, int64_t begin, int64_t end);
+  // Of rows and of columns; the number of columns and the range of them are multiples of 16.
+  void (*project_rows)(const float* x, const float* w, float* y, int64_t k, int64_t columns, int64_t begin, int64_t end);
+  void (*project_columns)(const float* h, const float* x, float* y, int64_t m, int64_t ranks, int64_t n, int64_t begin, int64_t end);
   // Null where the instruction set lacks arithmetic on float16. Items as of the others.
   void (*halve_rows)(const float* x, uint32_t* halves, float* scales, int64_t k, int64_t row_begin, int64_t row_end);
   void (*linear_f16)(const LinearF16&, int64_t begin, int64_t end);
@@ -88,6 +110,9 @@ struct Kernels {
   void (*store_new_bf16)(const Attention&, int64_t begin, int64_t end);
   void (*attend_f32)(const Attention&, int64_t begin, int64_t end);
   void (*attend_bf16)(const Attention&, int64_t begin, int64_t end);
+  // Items are (sequence, kv head), kv heads fastest.
+  void (*causal)(const Causal&, int64_t begin, int64_t end);
+  void (*causal_gradient)(const Causal&, int64_t begin, int64_t end);
   // Items are those of `down` (kRankBlock ranks) and of `up` (kColumnBlock columns).
   void (*lora_down_f32)(const Lora&, int64_t begin, int64_t end);
   void (*lora_down_bf16)(const Lora&, int64_t begin, int64_t end);

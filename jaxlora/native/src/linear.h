@@ -70,8 +70,8 @@ struct PairsBf16 {
 // R rows of a panel, two vectors of columns at a time. k and stride count values of X. Meanwhile the weights that come next are
 // fetched into the second-level cache, `next_step` bytes a step, so that memory never waits for arithmetic.
 template <typename Step, int R>
-void tile(const typename Step::X* x, const typename Step::W* w, float* y, int64_t k, int64_t y_stride, int columns,
-          const char* next, int64_t next_step) {
+void tile(const typename Step::X* x, const typename Step::W* w, const Update& update, float* y, int64_t k, int64_t y_stride,
+          int columns, const char* next, int64_t next_step) {
   for (int column = 0; column < columns; column += 2 * kWidth) {
     Vec acc[R][2];
 #pragma GCC unroll 16
@@ -84,6 +84,10 @@ void tile(const typename Step::X* x, const typename Step::W* w, float* y, int64_
       Step::step(x + i, k, weights, acc);
     }
     if (i < k) Step::rest(x + i, k, weights, acc);
+    for (int64_t j = 0; j < update.ranks; ++j) {
+      const float* b = update.b + j * kPanel + column;
+      multiply_add(update.h + j, update.ranks, load(b), load(b + kWidth), acc);
+    }
     int width = columns - column;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -102,12 +106,12 @@ void tile(const typename Step::X* x, const typename Step::W* w, float* y, int64_
 }
 
 template <typename Step, int R>
-INLINE void tile_of(int rows, const typename Step::X* x, const typename Step::W* w, float* y, int64_t k, int64_t n, int columns,
-                    const char* next, int64_t next_step) {
+INLINE void tile_of(int rows, const typename Step::X* x, const typename Step::W* w, const Update& update, float* y, int64_t k,
+                    int64_t n, int columns, const char* next, int64_t next_step) {
   if (rows == R) {
-    tile<Step, R>(x, w, y, k, n, columns, next, next_step);
+    tile<Step, R>(x, w, update, y, k, n, columns, next, next_step);
   } else if constexpr (R > 1) {
-    tile_of<Step, R - 1>(rows, x, w, y, k, n, columns, next, next_step);
+    tile_of<Step, R - 1>(rows, x, w, update, y, k, n, columns, next, next_step);
   }
 }
 
@@ -124,7 +128,8 @@ INLINE void linear(const Linear& a, int64_t k, int64_t begin, int64_t end) {
     const int64_t next_step = kPanel * 4 / tiles;  // each tile fetches its share of the next panel
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t row = row_begin + rows * i / tiles, after = row_begin + rows * (i + 1) / tiles;
-      tile_of<Step, Step::kRows>(static_cast<int>(after - row), static_cast<const typename Step::X*>(a.x) + row * k, w,
+      const Update update{a.update.h + row * a.update.ranks, a.update.b + panel * a.update.ranks * kPanel, a.update.ranks};
+      tile_of<Step, Step::kRows>(static_cast<int>(after - row), static_cast<const typename Step::X*>(a.x) + row * k, w, update,
                                  a.y + row * a.n + panel * kPanel, k, a.n, static_cast<int>(columns),
                                reinterpret_cast<const char*>(w + steps * kPanel) + i * steps * next_step, next_step);
     }

@@ -1,0 +1,102 @@
+// The adapters of a batch: the handler that XLA calls.
+#include <vector>
+
+#include "handlers.h"
+
+namespace jaxlora {
+namespace {
+
+ffi::Error lora(F32 y_in, F32 x, ffi::AnyBuffer bank, S32 row_slot, S32 rank, ffi::ResultBuffer<ffi::F32> y,
+                ffi::Span<const int64_t> a_offsets, ffi::Span<const int64_t> b_offsets, ffi::Span<const int64_t> columns,
+                ffi::Span<const int64_t> widths, int64_t ranks) {
+  const auto xs = x.dimensions(), ys = y->dimensions(), bs = bank.dimensions();
+  if (xs.size() != 2 || ys.size() != 2 || bs.size() != 2 || xs[0] != ys[0])
+    return bad("lora takes y [m, n], x [m, k], bank [slots, size]");
+  if (y->untyped_data() != y_in.untyped_data()) return bad("y is not updated in place");
+  const bool bf16 = bank.element_type() == ffi::BF16;
+  if (!bf16 && bank.element_type() != ffi::F32) return bad("the bank is float32 or bfloat16");
+  const int64_t m = xs[0], k = xs[1], n = ys[1], slots = bs[0];
+  if (row_slot.element_count() != static_cast<size_t>(m)) return bad("row_slot takes one number a row");
+  if (rank.element_count() != static_cast<size_t>(slots)) return bad("rank takes one number a slot");
+
+  std::vector<LoraModule> modules;
+  for (size_t i = 0; i < a_offsets.size(); ++i) {
+    LoraModule module{a_offsets[i], b_offsets[i], columns[i], widths[i]};
+    if (module.a < 0 || module.b < 0 || module.column < 0 || module.a + ranks * k > bs[1] ||
+        module.b + ranks * module.n > bs[1] || module.column + module.n > n) {
+      return bad("module " + std::to_string(i) + " lies outside of the bank or of y");
+    }
+    modules.push_back(module);
+  }
+
+  // Rows in the order of their slots: a count, then their places.
+  std::vector<int64_t> place(static_cast<size_t>(slots) + 1), rows(static_cast<size_t>(m));
+  for (int64_t i = 0; i < m; ++i) {
+    int32_t slot = row_slot.typed_data()[i];
+    if (slot >= slots)
+      return bad("row " + std::to_string(i) + " names slot " + std::to_string(slot) + " of " + std::to_string(slots));
+    if (slot >= 0) ++place[static_cast<size_t>(slot) + 1];
+  }
+  std::vector<LoraGroup> groups;
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    const int64_t begin = place[static_cast<size_t>(slot)], count = place[static_cast<size_t>(slot) + 1];
+    const int64_t true_rank = rank.typed_data()[slot];
+    if (count && true_rank > ranks) return bad("slot " + std::to_string(slot) + " has a rank above the bank's");
+    if (count && true_rank > 0) groups.push_back({slot, true_rank, begin, begin + count});
+    place[static_cast<size_t>(slot) + 1] += begin;
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    int32_t slot = row_slot.typed_data()[i];
+    if (slot >= 0) rows[static_cast<size_t>(place[static_cast<size_t>(slot)]++)] = i;
+  }
+  if (groups.empty()) return ffi::Error::Success();
+
+  std::vector<LoraItem> down, up;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    for (size_t i = 0; i < modules.size(); ++i) {
+      const auto group = static_cast<int64_t>(g), module = static_cast<int64_t>(i);
+      for (int64_t r = 0; r < groups[g].rank; r += kRankBlock) down.push_back({group, module, r});
+      for (int64_t c = 0; c < modules[i].n; c += kColumnBlock) up.push_back({group, module, c});
+    }
+  }
+  float* hidden = static_cast<float*>(scratch.reserve(modules.size() * static_cast<size_t>(m * ranks) * sizeof(float)));
+  const Lora l{x.typed_data(),
+               bank.untyped_data(),
+               hidden,
+               y->typed_data(),
+               rows.data(),
+               groups.data(),
+               modules.data(),
+               down.data(),
+               up.data(),
+               static_cast<int64_t>(down.size()),
+               static_cast<int64_t>(up.size()),
+               bs[1],
+               m,
+               k,
+               n,
+               ranks};
+  Pool& pool = Pool::instance();
+  pool.split(l.down_count,
+             [&](int64_t begin, int64_t end) { (bf16 ? active->lora_down_bf16 : active->lora_down_f32)(l, begin, end); });
+  pool.split(l.up_count, [&](int64_t begin, int64_t end) { (bf16 ? active->lora_up_bf16 : active->lora_up_f32)(l, begin, end); });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_lora, lora,
+                              Ffi::Bind()
+                                  .Arg<F32>()             // y
+                                  .Arg<F32>()             // x
+                                  .Arg<ffi::AnyBuffer>()  // bank
+                                  .Arg<S32>()             // row_slot
+                                  .Arg<S32>()             // rank
+                                  .Ret<F32>()             // y
+                                  .Attr<ffi::Span<const int64_t>>("a_offsets")
+                                  .Attr<ffi::Span<const int64_t>>("b_offsets")
+                                  .Attr<ffi::Span<const int64_t>>("columns")
+                                  .Attr<ffi::Span<const int64_t>>("widths")
+                                  .Attr<int64_t>("ranks"));
+
+}  // namespace jaxlora

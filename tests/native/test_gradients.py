@@ -1,0 +1,106 @@
+"""What training computes with the kernels, against the gradients that JAX finds of the plain form."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlora import native
+from jaxlora.model import attend_whole
+
+from .arrays import DTYPES, normal, same_bits
+
+Array = jax.Array
+
+
+def slopes(function: Callable[..., Array], *inputs: Array) -> tuple[Array, tuple[Array, ...]]:
+    """The result, and the gradients of a sum of it with weights that differ everywhere."""
+    result, back = jax.vjp(function, *inputs)
+    return result, back(jnp.asarray(normal(99, *result.shape)))
+
+
+def assert_close(got: Any, want: Any, share: float = 2e-6) -> None:
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=share * float(jnp.abs(b).max()))
+
+
+# Batch, tokens, heads, key/value heads, head size, window, whether there are segments.
+ATTENTION = [
+    (1, 1, 1, 1, 16, 0, False),
+    (2, 7, 4, 2, 16, 0, False),
+    (1, 57, 3, 1, 48, 0, True),
+    (2, 130, 9, 3, 64, 0, False),
+    (1, 130, 4, 4, 80, 13, True),
+    (2, 90, 2, 1, 128, 60, False),
+    (3, 100, 6, 2, 64, 0, True),
+]
+
+
+@pytest.mark.parametrize("batch, length, heads, kv, size, window, segmented", ATTENTION)
+def test_attention_and_its_gradient(
+    kernels: native.Kernels, batch: int, length: int, heads: int, kv: int, size: int, window: int, segmented: bool
+) -> None:
+    q, k, v = (jnp.asarray(normal(at, batch, length, count, size)) * 2 for at, count in enumerate((heads, kv, kv)))
+    segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 4, (batch, length)))) if segmented else None
+    ours = slopes(lambda q, k, v: native.causal_attention(q, k, v, segments, scale=size**-0.5, window=window), q, k, v)
+    assert_close(ours, slopes(lambda q, k, v: attend_whole(q, k, v, window, segments), q, k, v))
+
+
+def test_attention_does_not_look_ahead_nor_into_other_segments(kernels: native.Kernels) -> None:
+    q, k, v = (jnp.asarray(normal(at, 1, 80, count, 32)) for at, count in enumerate((4, 2, 2)))
+    segments = jnp.repeat(jnp.arange(2), 40)[None]
+    attend = jax.jit(lambda k, v: native.causal_attention(q, k, v, segments, scale=0.2))
+    plain = attend(k, v)
+    for cut, others in ((50, [slice(0, 40), slice(50, 80)]), (20, [slice(20, 80)])):
+        k_other, v_other = k, v
+        for at in others:
+            k_other, v_other = k_other.at[:, at].set(100.0), v_other.at[:, at].set(-7.0)
+        seen = slice(40, cut) if cut > 40 else slice(0, cut)
+        assert same_bits(attend(k_other, v_other)[:, seen], plain[:, seen])
+
+
+def test_attention_of_numbers_that_are_none_tells(kernels: native.Kernels) -> None:
+    q, k, v = (jnp.asarray(normal(at, 1, 20, 2, 16)) for at in range(3))
+    found = native.causal_attention(q, k.at[0, 3, 0, 0].set(jnp.nan), v, scale=0.25)
+    assert jnp.isnan(found[0, 3:, 0]).all() and jnp.isfinite(found[0, :3]).all() and jnp.isfinite(found[0, :, 1]).all()
+
+
+# Rows, inputs, outputs, rank. Widths that are no multiples of 16 take the plain form.
+LINEAR = [(1, 16, 16, 1), (7, 32, 48, 3), (130, 576, 192, 16), (57, 64, 96, 33), (20, 75, 70, 4)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m, k, n, rank", LINEAR)
+def test_a_linear_layer_with_an_adapter_and_its_gradient(
+    kernels: native.Kernels, m: int, k: int, n: int, rank: int, dtype: str
+) -> None:
+    x, a, b = jnp.asarray(normal(0, m, k)), jnp.asarray(normal(1, rank, k)), jnp.asarray(normal(2, n, rank))
+    w = (jnp.asarray(normal(3, k, n)) / k**0.5).astype(dtype)
+    packed, back = native.pack_linear(w), native.pack_linear(w.T)
+    ours = slopes(lambda x, a, b: native.adapted_linear(x, packed, back, a, b, 0.7), x, a, b)
+    plain = lambda x, a, b: native.twin_linear(x, w) + 0.7 * native.twin_linear(native.twin_linear(x, a.T), b.T)
+    rounded = dtype == "bfloat16" and kernels.isa == "avx512bf16"  # x and slopes too
+    assert_close(ours, slopes(plain, x, a, b), 1e-2 if rounded else 2e-6)
+
+
+def test_a_frozen_linear_layer_gives_the_same_bits_as_the_one_that_serves(kernels: native.Kernels) -> None:
+    x, w = jnp.asarray(normal(0, 3, 5, 75)), jnp.asarray(normal(1, 75, 70))
+    packed, back = native.pack_linear(w), native.pack_linear(w.T)
+    y, (slope,) = slopes(lambda x: native.frozen_linear(x, packed, back), x)
+    assert same_bits(y, native.Kernels.linear(x, packed))
+    assert_close(slope, native.twin_linear(jnp.asarray(normal(99, 3, 5, 70)), w.T))
+
+
+def test_results_are_the_same_every_time(kernels: native.Kernels) -> None:
+    q, k, v = (jnp.asarray(normal(at, 2, 130, count, 64)) for at, count in enumerate((6, 2, 2)))
+    attend = jax.jit(lambda q, k, v: slopes(lambda *qkv: native.causal_attention(*qkv, scale=0.1), q, k, v))
+    w = jnp.asarray(normal(3, 64, 96))
+    packed, back = native.pack_linear(w), native.pack_linear(w.T)
+    inputs = jnp.asarray(normal(4, 200, 64)), jnp.asarray(normal(5, 8, 64)), jnp.asarray(normal(6, 96, 8))
+    linear = jax.jit(lambda *xab: slopes(lambda x, a, b: native.adapted_linear(x, packed, back, a, b, 2.0), *xab))
+    first = jax.tree.leaves((attend(q, k, v), linear(*inputs)))
+    for _ in range(10):
+        assert all(map(same_bits, jax.tree.leaves((attend(q, k, v), linear(*inputs))), first))

@@ -1,0 +1,106 @@
+"""How a training step computes on this machine: plain XLA, or the kernels of `jaxlora.native` on CPUs."""
+
+import dataclasses
+import pathlib
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from jaxlora import native
+from jaxlora.lora import Adapter
+from jaxlora.model import attend_whole
+from jaxlora.weights import Packing, PlainPacking
+
+
+class Machine(Protocol):
+    """What differs between machines. Hashable, so that compiled steps are kept by it."""
+
+    name: str
+    packing: Packing
+
+    def attend(self, q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:
+        """As `jaxlora.model.attend_whole`."""
+
+    def adapted(self, dense: Any, adapter: Adapter, path: str, x: Array) -> Array:
+        """The linear layer `dense` of x `[..., in]`, with the module `path` of the adapter, which it has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class XlaMachine:
+    """Plain JAX."""
+
+    name = "XLA"
+    packing = PlainPacking()
+
+    def attend(self, q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:
+        return attend_whole(q, k, v, window, segments)
+
+    def adapted(self, dense: Any, adapter: Adapter, path: str, x: Array) -> Array:
+        return adapter(path, x, dense(x))
+
+
+@struct.dataclass
+class FrozenDense:
+    """A linear layer that does not learn: its weights `[in, out]`, packed as they are and transposed; `bias` is float32 `[out]` or None."""
+
+    forward: native.Packed
+    back: native.Packed
+    bias: Array | None
+
+    def __call__(self, x: Array) -> Array:
+        """float32 `[..., in] -> [..., out]`, with a gradient for x."""
+        y = native.frozen_linear(x, self.forward, self.back)
+        return y if self.bias is None else y + self.bias
+
+    def transposed(self, y: Array) -> Array:
+        """float32 `[..., out] -> [..., in]`: y times the transposed weights."""
+        return native.Kernels.linear(y, self.back)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenPacking:
+    """Each linear layer on its own, since each may have an adapter; activations are float32."""
+
+    groups = PlainPacking.groups
+
+    def dense(self, kernels: list[Array], biases: list[Array | None]) -> FrozenDense:
+        (kernel,), (bias,) = kernels, biases
+        packed = native.pack_linear(kernel), native.pack_linear(kernel.T)
+        return FrozenDense(*packed, None if bias is None else bias.astype(jnp.float32))
+
+    def activations(self, dtype: jnp.dtype) -> jnp.dtype:
+        return jnp.dtype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeMachine:
+    """The kernels of `jaxlora.native`, with weights in float32 or bfloat16 and activations in float32."""
+
+    kernels: native.Kernels
+
+    @property
+    def name(self) -> str:
+        return f"native {self.kernels.isa}"
+
+    packing = FrozenPacking()
+
+    def attend(self, q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:
+        if q.shape[-1] % 16:
+            return attend_whole(q, k, v, window, segments)
+        return native.causal_attention(q, k, v, segments, scale=q.shape[-1] ** -0.5, window=window)
+
+    def adapted(self, dense: FrozenDense, adapter: Adapter, path: str, x: Array) -> Array:
+        scale = dict(adapter.scales)[path]
+        y = native.adapted_linear(x, dense.forward, dense.back, adapter.a[path], adapter.b[path], scale)
+        return y if dense.bias is None else y + dense.bias
+
+
+def choose(build_dir: pathlib.Path, dtype: str) -> Machine:
+    """The fastest way to train with weights of that type here."""
+    if jax.default_backend() != "cpu" or dtype == "float16":
+        return XlaMachine()
+    kernels = native.load(build_dir)
+    return XlaMachine() if isinstance(kernels, str) else NativeMachine(kernels)
