@@ -38,6 +38,15 @@ class Backend(Protocol):
     def chunk_lengths(self, chunk: int) -> tuple[int, ...]:
         """The numbers of tokens that a prefill step may have, ascending; the last is `chunk`."""
 
+    def bank_ranks(self, rank: int, max_rank: int) -> int:
+        """How many ranks an adapter of that rank has to fill in the bank."""
+
+    def piece(self, layout: BankLayout) -> int:
+        """Values of an adapter that `place` takes at a time."""
+
+    def place(self, layout: BankLayout, bank: Bank, piece: Array, slot: Array, rank: Array, first: Array) -> Bank:
+        """The bank with a piece of an adapter, packed for its `bank_ranks`, in a slot: from its value `first` on."""
+
     def linears(self, config: ModelConfig, weights: Weights, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
         """The model's linear layers with the adapter of bank slot `row_slots[b]` (int32 `[B]`, -1: none) applied to row b."""
 
@@ -74,6 +83,15 @@ class XlaBackend:
 
     def chunk_lengths(self, chunk: int) -> tuple[int, ...]:
         return (chunk,)
+
+    def bank_ranks(self, rank: int, max_rank: int) -> int:
+        return max_rank  # rows compute with all of them
+
+    def piece(self, layout: BankLayout) -> int:
+        return layout.size
+
+    def place(self, layout: BankLayout, bank: Bank, piece: Array, slot: Array, rank: Array, first: Array) -> Bank:
+        return lora.put(bank, piece, slot, rank)
 
     def linears(self, config: ModelConfig, weights: Weights, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
         return plain_linears(config, weights, lora.adapt_rows(layout, bank, row_slots))
@@ -122,6 +140,9 @@ class NativePacking:
         return jnp.dtype(jnp.float32)
 
 
+PIECE = 1 << 20  # values
+
+
 @dataclasses.dataclass(frozen=True)
 class NativeBackend:
     """`jaxlora.native` on CPUs. Its kernels give a row the same bits whatever the number of rows, so batches may be of any size."""
@@ -148,6 +169,16 @@ class NativeBackend:
     def chunk_lengths(self, chunk: int) -> tuple[int, ...]:
         # A short prompt need not pay for a whole chunk.
         return tuple(sorted({max(chunk // 4, 2), max(chunk // 2, 2), chunk}))
+
+    def bank_ranks(self, rank: int, max_rank: int) -> int:
+        return rank  # the kernel reads no others
+
+    def piece(self, layout: BankLayout) -> int:
+        return min(PIECE, layout.size)
+
+    def place(self, layout: BankLayout, bank: Bank, piece: Array, slot: Array, rank: Array, first: Array) -> Bank:
+        data = native.Kernels.place(bank.data, piece, slot, rank, first, offsets=layout.offsets, max_rank=layout.max_rank)
+        return Bank(data, bank.ranks.at[slot].set(rank))
 
     def linears(self, config: ModelConfig, weights: Weights, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
         def linears(layer: int | None, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:

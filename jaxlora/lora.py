@@ -87,17 +87,28 @@ class BankLayout:
     def by_path(self) -> dict[str, Span]:
         return dict(self.spans)
 
-    def pack(self, modules: Mapping[str, Pair], out: np.ndarray) -> None:
-        """Writes an adapter into `out`, `[size]`; what it doesn't have is zero. Ranks over `max_rank` are a ValueError."""
-        out[:] = 0
+    @functools.cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each A and B begins, in their order in a slot, and where the last one ends."""
+        return (*(offset for _, span in self.spans for offset in (span.a_offset, span.b_offset)), self.size)
+
+    def pack(self, modules: Mapping[str, Pair], ranks: int, dtype: np.dtype, piece: int) -> np.ndarray:
+        """An adapter as the layout for so many ranks has it, `[n]`; what it doesn't have is zero, and so is the end, up to whole pieces.
+
+        Raises:
+            ValueError: a module has a higher rank.
+        """
+        size = self.size // self.max_rank * ranks
+        out = np.zeros(-(-size // piece) * piece, dtype)
         for path, pair in modules.items():
             span, rank = self.by_path[path], pair.a.shape[0]
-            if rank > self.max_rank:
-                raise ValueError(f"{path} has rank {rank}, the bank holds {self.max_rank}")
-            a = out[span.a_offset :][: rank * span.in_features].reshape(rank, span.in_features)
-            b = out[span.b_offset :][: rank * span.out_features].reshape(rank, span.out_features)
-            a[:] = pair.a.astype(np.float32, copy=False)
-            b[:] = (pair.b.astype(np.float32, copy=False) * np.float32(pair.scale)).T
+            if rank > ranks:
+                raise ValueError(f"{path} has rank {rank}, there is room for {ranks}")
+            a_offset, b_offset = (offset // self.max_rank * ranks for offset in (span.a_offset, span.b_offset))
+            out[a_offset:][: rank * span.in_features].reshape(rank, -1)[:] = pair.a
+            scaled = pair.b.T if pair.scale == 1 else pair.b.T.astype(np.float32) * np.float32(pair.scale)
+            out[b_offset:][: rank * span.out_features].reshape(rank, -1)[:] = scaled
+        return out
 
 
 def _span(at: LinearAt, offset: int, max_rank: int) -> Span:
@@ -116,11 +127,9 @@ class Bank:
         return cls(jnp.zeros((slots, layout.size), dtype), jnp.zeros(slots, jnp.int32))
 
 
-@functools.partial(jax.jit, donate_argnames="bank")
-def put(bank: Bank, slot: Array, vector: Array, rank: Array) -> Bank:
-    """The bank with one slot replaced, in place. `vector` is `[layout.size]`."""
-    data = update_slice(bank.data, vector[None].astype(bank.data.dtype), (slot, 0))
-    return Bank(data, bank.ranks.at[slot].set(rank))
+def put(bank: Bank, vector: Array, slot: Array, rank: Array) -> Bank:
+    """The bank with one slot replaced, in place if donated. `vector` is `[layout.size]`, of the bank's type."""
+    return Bank(update_slice(bank.data, vector[None], (slot, 0)), bank.ranks.at[slot].set(rank))
 
 
 def adapt_rows(layout: BankLayout, bank: Bank, slots: Array) -> Adapt:

@@ -3,8 +3,10 @@
 Knows where a tensor of a checkpoint goes; knows nothing of the forward pass.
 """
 
+import os
 import pathlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
@@ -186,16 +188,17 @@ def _assemble(config: ModelConfig, tensors: dict[str, Array], packing: Packing) 
         tensor = tensors.pop(f"{name}.weight", None)
         return None if tensor is None else tensor.astype(packing.activations(tensor.dtype))
 
-    layers = tuple(
-        Layer(
+    def layer(index: int) -> Layer:
+        return Layer(
             input_norm=norm(f"model.layers.{index}.input_layernorm"),
             post_norm=norm(f"model.layers.{index}.post_attention_layernorm"),
             linears={"+".join(names): dense(index, names) for names in packing.groups},
             q_norm=norm(f"model.layers.{index}.self_attn.q_norm"),
             k_norm=norm(f"model.layers.{index}.self_attn.k_norm"),
         )
-        for index in range(config.num_layers)
-    )
+
     embed = tensors.pop("model.embed_tokens.weight")
-    head = packing.dense([embed.T], [None]) if config.tied else dense(None, (OUTPUT_LAYER,))
-    return Weights(embed, layers, norm("model.norm"), head)
+    with ThreadPoolExecutor(os.cpu_count()) as packers:
+        head = packers.submit(packing.dense, [embed.T], [None]) if config.tied else packers.submit(dense, None, (OUTPUT_LAYER,))
+        layers = tuple(packers.map(layer, range(config.num_layers)))
+        return Weights(embed, layers, norm("model.norm"), head.result())

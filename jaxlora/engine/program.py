@@ -4,7 +4,10 @@ Every shape is fixed when a `Program` is made; `warm_up` compiles them all, and 
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -13,14 +16,13 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from jaxlora import lora
 from jaxlora.backend import Backend
 from jaxlora.config import ModelConfig
 from jaxlora.engine import sampling
 from jaxlora.engine.requests import MAX_BANNED
 from jaxlora.engine.sampling import History, Sampled, SamplerRows
 from jaxlora.kv_cache import KVCache, Rows
-from jaxlora.lora import Bank, BankLayout
+from jaxlora.lora import Bank, BankLayout, Pair
 from jaxlora.model import forward, project, rotation
 from jaxlora.updates import update_slice
 from jaxlora.weights import Weights
@@ -77,17 +79,15 @@ class Program:
         self._write = jax.jit(_write_positions, donate_argnames="state")
         self._record = jax.jit(_record_prompt, donate_argnames="state")
         self._clear = jax.jit(_empty_slot, donate_argnames="state")
+        self._put = jax.jit(functools.partial(backend.place, self.layout), donate_argnums=0)
         self.cut_invariant = backend.cut_invariant
         self.batch_sizes = backend.batch_sizes(sizes.slots)
         self.chunk_lengths = backend.chunk_lengths(sizes.prefill_chunk)
 
     def run(self, batch: Batch) -> Sampled:
         """One step: reads the rows' tokens, stores their keys and values, and samples a next token for every row. Waits for the result."""
-        every_slot = batch.tokens.shape == (self.sizes.slots, 1)
-        self.state, sampled = self._step(
-            self._weights, self._rotation, self.bank, self.state, batch.tokens, batch.slots, batch.starts, batch.lengths, batch.adapters, batch.emit,
-            batch.sampler, every_slot=every_slot and len(self.batch_sizes) == 1,
-        )
+        arguments, static = self._arguments(batch)
+        self.state, sampled = self._step(*arguments, **static)
         return jax.device_get(sampled)
 
     def reset(self) -> None:
@@ -109,9 +109,16 @@ class Program:
         """Empties a slot whose keys and values may not be finite: what is masked out still takes part in sums, as NaN times zero."""
         self.state = self._clear(self.state, np.int32(slot))
 
+    def pack(self, modules: Mapping[str, Pair], rank: int) -> np.ndarray:
+        """An adapter of that rank as `put_adapter` takes it. Any thread may call it."""
+        ranks = self.backend.bank_ranks(rank, self.sizes.max_lora_rank)
+        return self.layout.pack(modules, ranks, jnp.dtype(self._dtype), self.backend.piece(self.layout))
+
     def put_adapter(self, slot: int, vector: np.ndarray, rank: int) -> None:
-        """Places an adapter, packed by `layout`, into a slot of the bank."""
-        self.bank = lora.put(self.bank, np.int32(slot), vector, np.int32(rank))
+        """Places an adapter, packed by `pack`, into a slot of the bank."""
+        piece = self.backend.piece(self.layout)
+        for first in range(0, len(vector), piece):
+            self.bank = self._put(self.bank, vector[first : first + piece], np.int32(slot), np.int32(rank), np.int32(first))
 
     def reuse(self, source: int, slot: int, tokens: np.ndarray, record: bool) -> None:
         """Makes a slot's cache begin with what another one's (or its own) begins with: the keys and values of `tokens`, int32 `[n]`.
@@ -133,17 +140,31 @@ class Program:
     def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
         """Compiles every step. Rows are idle, so the state stays empty."""
         shapes = [*((1, length) for length in self.chunk_lengths), *((rows, 1) for rows in self.batch_sizes)]
-        for index, (rows, length) in enumerate(shapes):
-            progress(f"compiling {f'prefill x {length}' if length > 1 else f'decode x {rows}'} ({index + 1}/{len(shapes)})")
-            self.run(idle_batch(rows, length, self.config.vocab_size))
-        self.put_adapter(0, np.zeros(self.layout.size, np.float32), 0)
+        batches = [idle_batch(*shape, self.config.vocab_size) for shape in shapes]
+        # XLA compiles, or reads what it compiled before, in other threads while Python traces the next step.
+        with ThreadPoolExecutor(os.cpu_count()) as compilers:
+            compiling = []
+            for index, (rows, length) in enumerate(shapes):
+                progress(f"compiling {f'prefill x {length}' if length > 1 else f'decode x {rows}'} ({index + 1}/{len(shapes)})")
+                arguments, static = self._arguments(batches[index])
+                compiling.append(compilers.submit(self._step.lower(*arguments, **static).compile))
+            for compiled in compiling:
+                compiled.result()
+        for batch in batches:
+            self.run(batch)
+        self.put_adapter(0, self.pack({}, 1), 1)
         self.reuse(self.sizes.slots - 1, 0, np.zeros(1, np.int32), record=True)
         self.clear(0)
         jax.block_until_ready(self.bank)
 
     def compiled(self) -> int:
         """How many programs have been compiled; constant after `warm_up`."""
-        return sum(jitted._cache_size() for jitted in (self._step, self._read, self._write, self._record, self._clear, lora.put))
+        return sum(jitted._cache_size() for jitted in (self._step, self._read, self._write, self._record, self._clear, self._put))
+
+    def _arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, bool]]:
+        every_slot = batch.tokens.shape == (self.sizes.slots, 1) and len(self.batch_sizes) == 1
+        rows = (batch.tokens, batch.slots, batch.starts, batch.lengths, batch.adapters, batch.emit, batch.sampler)
+        return (self._weights, self._rotation, self.bank, self.state, *rows), {"every_slot": every_slot}
 
     def _trace(
         self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, tokens: Array, slots: Array, starts: Array,

@@ -10,7 +10,7 @@ import numpy as np
 from jaxlora.adapters.device_slots import DeviceSlots
 from jaxlora.engine.program import Program
 from jaxlora.errors import EngineError, ServingError
-from jaxlora.lora import BankLayout, Pair
+from jaxlora.lora import Pair
 
 MAX_PENDING = 4
 
@@ -38,7 +38,7 @@ class Residency:
         wake: Callable[[], None],
         placed: Callable[[float], None] = lambda seconds: None,
     ):
-        self._layout, self._put_adapter = program.layout, put_adapter
+        self._pack, self._put_adapter = program.pack, put_adapter
         self._read, self._wake, self._placed = read, wake, placed
         self._asked: dict[Hashable, float] = {}
         self._slots = DeviceSlots(program.sizes.lora_slots)
@@ -105,7 +105,8 @@ class Residency:
 
         def pack(done: "Future[HostAdapter]") -> None:
             try:
-                packed.set_result(pack_adapter(self._layout, done.result()))
+                adapter = done.result()
+                packed.set_result((self._pack(adapter.modules, adapter.rank), adapter.rank))
             except BaseException as error:
                 packed.set_exception(error)
             self._wake()
@@ -119,10 +120,3 @@ class Residency:
 
 def _failure(error: BaseException) -> ServingError:
     return error if isinstance(error, ServingError) else EngineError(f"the adapter can't be loaded: {error}")
-
-
-def pack_adapter(layout: BankLayout, adapter: HostAdapter) -> tuple[np.ndarray, int]:
-    """The vector `[layout.size]` float32 of an adapter, and its rank."""
-    vector = np.empty(layout.size, np.float32)
-    layout.pack(adapter.modules, vector)
-    return vector, adapter.rank

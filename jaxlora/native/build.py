@@ -4,7 +4,6 @@ Knows the compiler and its flags; knows nothing of JAX arrays. A build goes to a
 processes that start together never see half of one.
 """
 
-import concurrent.futures
 import hashlib
 import os
 import pathlib
@@ -13,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.ffi
 
@@ -74,19 +74,17 @@ def _key(command: list[str]) -> str:
 
 
 def _build(command: list[str], folder: pathlib.Path) -> pathlib.Path:
-    objects, known = [], []
-    for isa, flags in ISA_FLAGS.items():
-        try:
-            objects.append(_compile(command, f"{isa}.cc", flags, folder))
-            known.append(f"-DJAXLORA_{isa.upper()}")
-        except BuildError as error:  # an older compiler may lack the newest set
-            failure = error
-    if not known:
-        raise failure
     others = sorted({path.name for path in SOURCES.glob("*.cc")} - {f"{isa}.cc" for isa in ISA_FLAGS})
-    flags = [*known, "-isystem", jax.ffi.include_dir()]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as compilers:
-        objects.extend(compilers.map(lambda name: _compile(command, name, flags, folder), others))
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+        kernels = {
+            isa: compilers.submit(_compile, command, f"{isa}.cc", flags, folder) for isa, flags in ISA_FLAGS.items()
+        }
+        # An older compiler may lack the newest set.
+        known = {isa: built.result() for isa, built in kernels.items() if built.exception() is None}
+        if not known:
+            raise kernels[next(reversed(kernels))].exception()
+        flags = [*(f"-DJAXLORA_{isa.upper()}" for isa in known), "-isystem", jax.ffi.include_dir()]
+        objects = [*known.values(), *compilers.map(lambda name: _compile(command, name, flags, folder), others)]
     built = folder / "library.so"
     _run([*command, "-shared", "-pthread", "-o", str(built), *map(str, objects)])
     return built

@@ -71,8 +71,9 @@ def pack_linear(w: np.ndarray | Array, halves: bool = False) -> Packed:
 
 
 def _fits_halves(w: np.ndarray) -> bool:
-    # A sum has 32 products with values of x below 2.
-    return not w.size or float(np.abs(w.astype(np.float32)).max()) < 1000
+    # A sum has 32 products with values of x below 2. The bits of bfloat16 without the sign are in the order of the sizes, NaN last.
+    limit = int(np.asarray(1000, ml_dtypes.bfloat16).view(np.uint16))
+    return not w.size or int((w.view(np.uint16) & 0x7FFF).max()) < limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +164,20 @@ class Kernels:
             ranks=np.int64(max_rank),
             **dict(zip(("a_offsets", "b_offsets", "columns", "widths"), columns)),
         )
+
+    @staticmethod
+    def place(bank: Array, piece: Array, slot: Array, rank: Array, first: Array, *, offsets: tuple[int, ...], max_rank: int) -> Array:
+        """The bank with a piece of an adapter in one slot. In place if donated.
+
+        Arguments:
+            bank: float32 or bfloat16 [slots, size].
+            piece: [n] of the same type, values `first` to `first + n` of the adapter: its parts one behind the other, each [rank, width].
+                What lies beyond its end is left out.
+            slot, rank, first: int32 scalars.
+            offsets: where each part begins in a slot, [max_rank, width], and where the last one ends.
+        """
+        call = jax.ffi.ffi_call("jaxlora_place", jax.ShapeDtypeStruct(bank.shape, bank.dtype), input_output_aliases={0: 0})
+        return call(bank, piece, slot, rank, first, offsets=np.array(offsets, np.int64), ranks=np.int64(max_rank))
 
     @staticmethod
     def rms_norm(x: Array, scale: Array, eps: float) -> Array:

@@ -95,7 +95,6 @@ class Ours:
         layout = lora.BankLayout.of(self.config, MAX_RANK, output_layer=True)
         bank = lora.Bank.empty(layout, len(self.adapters) + 1)
         for name, adapter in self.adapters.items():
-            vector = np.empty(layout.size, np.float32)
-            layout.pack(adapter.modules, vector)
-            bank = lora.put(bank, self._slot(name), vector, adapter.rank)
+            vector = layout.pack(adapter.modules, MAX_RANK, np.dtype(np.float32), layout.size)
+            bank = lora.put(bank, vector, self._slot(name), adapter.rank)
         return layout, bank
