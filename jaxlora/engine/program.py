@@ -63,16 +63,17 @@ class Batch:
 
 
 class Program:
-    """One model on one device, with its state. Not thread-safe: one thread calls it."""
+    """One model on one device, with its state. `warm_up` (or `allocate`, in a test) comes before all else. Not thread-safe: one thread
+    calls it."""
 
     def __init__(self, config: ModelConfig, weights: Weights, backend: Backend, sizes: Sizes, dtype: str = "float32"):
         self.config, self.sizes, self.backend = config, sizes, backend
         self.layout = BankLayout.of(config, sizes.max_lora_rank, sizes.output_layer)
-        self.bank = Bank.empty(self.layout, sizes.lora_slots, dtype)
         self._weights, self._dtype = weights, dtype
+        self.bank: Bank | None = None
+        self.state: State | None = None
         # A table, since XLA on CPUs would compute the cosines and sines again for every head of every layer.
         self._rotation = rotation(config.rope, config.head_dim, jnp.arange(sizes.max_seq_len)[None])
-        self.reset()
         self._step = jax.jit(self._trace, donate_argnames="state", static_argnames="every_slot", compiler_options=backend.compiler_options or None)
         # Two programs: in one, XLA would copy the whole cache, since what is read lies in what is written.
         self._read = jax.jit(_read_positions, static_argnames="length")
@@ -86,16 +87,27 @@ class Program:
 
     def run(self, batch: Batch) -> Sampled:
         """One step: reads the rows' tokens, stores their keys and values, and samples a next token for every row. Waits for the result."""
-        arguments, static = self._arguments(batch)
+        arguments, static = self._arguments(batch, self.bank, self.state)
         self.state, sampled = self._step(*arguments, **static)
         return jax.device_get(sampled)
 
+    def allocate(self) -> None:
+        """Makes the adapter bank and the state, all that the program will ever need."""
+        self.bank = jax.jit(self._empty_bank)()  # one call, which leaves Python to other threads
+        self.reset()
+
     def reset(self) -> None:
         """Begins with an empty state, as at the start."""
-        config, sizes = self.config, self.sizes
         self.state = None  # so that two of them never need memory at the same time
+        self.state = jax.jit(self._empty_state)()
+
+    def _empty_bank(self) -> Bank:
+        return Bank.empty(self.layout, self.sizes.lora_slots, self._dtype)
+
+    def _empty_state(self) -> State:
+        config, sizes = self.config, self.sizes
         cache = KVCache.empty(config, sizes.slots, sizes.max_seq_len, sizes.prefill_chunk, self._dtype)
-        self.state = State(cache, History.empty(sizes.slots, config.vocab_size))
+        return State(cache, History.empty(sizes.slots, config.vocab_size))
 
     def state_is_intact(self) -> bool:
         """Whether the state can still be used after a step that raised: it was neither given up nor computed by what failed."""
@@ -138,18 +150,19 @@ class Program:
                 self.state = self._record(self.state, np.int32([slot]), part, np.int32([start]), np.int32([length]))
 
     def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
-        """Compiles every step. Rows are idle, so the state stays empty."""
+        """Allocates, and compiles every step. Rows are idle, so the state stays empty."""
         shapes = [*((1, length) for length in self.chunk_lengths), *((rows, 1) for rows in self.batch_sizes)]
         batches = [idle_batch(*shape, self.config.vocab_size) for shape in shapes]
-        # XLA compiles, or reads what it compiled before, in other threads while Python traces the next step.
-        with ThreadPoolExecutor(os.cpu_count()) as compilers:
-            compiling = []
+        bank, state = jax.eval_shape(self._empty_bank), jax.eval_shape(self._empty_state)
+        # Memory is cleared, and XLA compiles or reads what it compiled before, in other threads while Python traces the next step.
+        with ThreadPoolExecutor(1) as allocator, ThreadPoolExecutor(os.cpu_count()) as compilers:
+            working = [allocator.submit(self.allocate)]
             for index, (rows, length) in enumerate(shapes):
                 progress(f"compiling {f'prefill x {length}' if length > 1 else f'decode x {rows}'} ({index + 1}/{len(shapes)})")
-                arguments, static = self._arguments(batches[index])
-                compiling.append(compilers.submit(self._step.lower(*arguments, **static).compile))
-            for compiled in compiling:
-                compiled.result()
+                arguments, static = self._arguments(batches[index], bank, state)
+                working.append(compilers.submit(self._step.lower(*arguments, **static).compile))
+            for done in working:
+                done.result()
         for batch in batches:
             self.run(batch)
         self.put_adapter(0, self.pack({}, 1), 1)
@@ -161,10 +174,10 @@ class Program:
         """How many programs have been compiled; constant after `warm_up`."""
         return sum(jitted._cache_size() for jitted in (self._step, self._read, self._write, self._record, self._clear, self._put))
 
-    def _arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, bool]]:
+    def _arguments(self, batch: Batch, bank: Bank, state: State) -> tuple[tuple[Any, ...], dict[str, bool]]:
         every_slot = batch.tokens.shape == (self.sizes.slots, 1) and len(self.batch_sizes) == 1
         rows = (batch.tokens, batch.slots, batch.starts, batch.lengths, batch.adapters, batch.emit, batch.sampler)
-        return (self._weights, self._rotation, self.bank, self.state, *rows), {"every_slot": every_slot}
+        return (self._weights, self._rotation, bank, state, *rows), {"every_slot": every_slot}
 
     def _trace(
         self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, tokens: Array, slots: Array, starts: Array,

@@ -56,7 +56,9 @@ def answers(
         found.set_result(adapters[name])
         return found
 
-    engine = Engine(Program(config, weights, backend, sizes, dtype), read, Limits(queue_timeout_s=TIMEOUT_S))
+    program = Program(config, weights, backend, sizes, dtype)
+    program.allocate()
+    engine = Engine(program, read, Limits(queue_timeout_s=TIMEOUT_S))
     try:
         sinks = []
         for adapter, prompt in prompts:
