@@ -141,8 +141,8 @@ class Program:
         chunk = self.sizes.prefill_chunk
         for start in range(0, len(tokens), chunk):
             if source != slot:
-                part = self._read(self.state.cache, np.int32(source), np.int32(start), length=chunk)
-                self.state = self._write(self.state, part, np.int32(slot), np.int32(start))
+                copied = self._read(self.state.cache, np.int32(source), np.int32(start), length=chunk)
+                self.state = self._write(self.state, copied, np.int32(slot), np.int32(start))
             if record:
                 part = np.zeros((1, chunk), np.int32)
                 length = min(chunk, len(tokens) - start)
@@ -161,13 +161,14 @@ class Program:
                 progress(f"compiling {f'prefill x {length}' if length > 1 else f'decode x {rows}'} ({index + 1}/{len(shapes)})")
                 arguments, static = self._arguments(batches[index], bank, state)
                 working.append(compilers.submit(self._step.lower(*arguments, **static).compile))
+            working[0].result()
+            self.put_adapter(0, self.pack({}, 1), 1)
+            self.reuse(self.sizes.slots - 1, 0, np.zeros(1, np.int32), record=True)
+            self.clear(0)
             for done in working:
                 done.result()
         for batch in batches:
             self.run(batch)
-        self.put_adapter(0, self.pack({}, 1), 1)
-        self.reuse(self.sizes.slots - 1, 0, np.zeros(1, np.int32), record=True)
-        self.clear(0)
         jax.block_until_ready(self.bank)
 
     def compiled(self) -> int:
