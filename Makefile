@@ -47,7 +47,7 @@ test-parity: $(PARITY) ## compare with Transformers and PEFT, live
 # What test-next leaves out, since no version of JAX or NumPy can change it: the server of .venv, processes, files, and text between programs.
 # That a run is resumed, stopped and published in order is among it; that it trains is not.
 NOT_NEXT := triton test_bench*.py test_docker.py test_server.py test_model_configs.py test_checkpoint_once.py test_fair*.py test_lifeline.py \
-    $(addprefix test_client_,commands.py errors.py top.py) $(addprefix training/test_,killed.py runs.py grpo_script.py examples.py progress.py)
+    $(addprefix test_client_,commands.py errors.py top.py) $(addprefix training/test_,killed.py runs.py grpo_script.py preference_script.py examples.py progress.py)
 .PHONY: test-next
 test-next: $(NEXT) ## run the library's tests on the newest JAX and NumPy 2
 	@.venv-next/bin/python -m pytest $(NOT_NEXT:%=--ignore-glob='tests/%') $(ARGS)
