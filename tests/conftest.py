@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-from jaxlora import native
 from jaxlora.backend import Backend, NativeBackend, XlaBackend
 from jaxlora.checkpoint import resolve
 from jaxlora.checkpoint.sources import DEFAULT_MODEL
 from jaxlora.compilation import keep_compiled_programs
 from jaxlora.settings import Settings
+from tests.kernels import kernels_here
 
 
 @pytest.fixture(scope="session")
@@ -25,10 +25,7 @@ def backend(request) -> Backend:
     """Every way of computing a step that this machine has."""
     if request.param == "xla":
         return XlaBackend()
-    kernels = native.load(Settings.read().cache_dir / "native")
-    if isinstance(kernels, str):
-        pytest.skip(kernels)
-    return NativeBackend(kernels)
+    return NativeBackend(kernels_here())
 
 
 @pytest.fixture(scope="session", autouse=True)

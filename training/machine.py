@@ -18,7 +18,6 @@ from jaxlora.weights import Packing, PlainPacking
 class Machine(Protocol):
     """What differs between machines. Hashable, so that compiled steps are kept by it."""
 
-    name: str
     packing: Packing
 
     def attend(self, q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:
@@ -32,7 +31,6 @@ class Machine(Protocol):
 class XlaMachine:
     """Plain JAX."""
 
-    name = "XLA"
     packing = PlainPacking()
 
     def attend(self, q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:
@@ -80,11 +78,6 @@ class NativeMachine:
     """The kernels of `jaxlora.native`, with weights in float32 or bfloat16 and activations in float32."""
 
     kernels: native.Kernels
-
-    @property
-    def name(self) -> str:
-        return f"native {self.kernels.isa}"
-
     packing = FrozenPacking()
 
     def attend(self, q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:

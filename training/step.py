@@ -20,8 +20,8 @@ from jaxlora.config import ModelConfig
 from jaxlora.lora import Adapter
 from jaxlora.weights import Weights
 from training.losses import Batch, LogProbs, Loss, Terms
-from training.method import Window
 from training.machine import Machine, XlaMachine
+from training.method import Window
 from training.policy import Noise, Policy
 
 AXIS = "data"

@@ -80,6 +80,8 @@ class Program:
         self._write = jax.jit(_write_positions, donate_argnames="state")
         self._record = jax.jit(_record_prompt, donate_argnames="state")
         self._clear = jax.jit(_empty_slot, donate_argnames="state")
+        # Each is one call, which leaves Python to other threads while memory is cleared.
+        self._new_bank, self._new_state = jax.jit(self._empty_bank), jax.jit(self._empty_state)
         self._put = jax.jit(functools.partial(backend.place, self.layout), donate_argnums=0)
         self.cut_invariant = backend.cut_invariant
         self.batch_sizes = backend.batch_sizes(sizes.slots)
@@ -93,13 +95,13 @@ class Program:
 
     def allocate(self) -> None:
         """Makes the adapter bank and the state, all that the program will ever need."""
-        self.bank = jax.jit(self._empty_bank)()  # one call, which leaves Python to other threads
+        self.bank = self._new_bank()
         self.reset()
 
     def reset(self) -> None:
         """Begins with an empty state, as at the start."""
         self.state = None  # so that two of them never need memory at the same time
-        self.state = jax.jit(self._empty_state)()
+        self.state = self._new_state()
 
     def _empty_bank(self) -> Bank:
         return Bank.empty(self.layout, self.sizes.lora_slots, self._dtype)
@@ -153,7 +155,7 @@ class Program:
         """Allocates, and compiles every step. Rows are idle, so the state stays empty."""
         shapes = [*((1, length) for length in self.chunk_lengths), *((rows, 1) for rows in self.batch_sizes)]
         batches = [idle_batch(*shape, self.config.vocab_size) for shape in shapes]
-        bank, state = jax.eval_shape(self._empty_bank), jax.eval_shape(self._empty_state)
+        bank, state = jax.eval_shape(self._new_bank), jax.eval_shape(self._new_state)
         # Memory is cleared, and XLA compiles or reads what it compiled before, in other threads while Python traces the next step.
         with ThreadPoolExecutor(1) as allocator, ThreadPoolExecutor(os.cpu_count()) as compilers:
             working = [allocator.submit(self.allocate)]

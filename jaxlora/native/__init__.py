@@ -1,4 +1,5 @@
-"""Kernels for CPUs behind `jax.ffi`: products with packed weights, attention over a cache, LoRA by adapter, greedy choice.
+"""Kernels for CPUs behind `jax.ffi`: products with packed weights, attention over a cache, LoRA by adapter, greedy choice; and for training
+products with frozen weights and causal attention, with their gradients.
 
 Contract
 - `load(build_dir)` gives `Kernels`, or one line that says why there are none: no compiler, another machine, a CPU without AVX2,

@@ -4,8 +4,7 @@ import pathlib
 
 import pytest
 
-from jaxlora import native
-from jaxlora.settings import Settings
+from tests.kernels import kernels_here
 from tests.training import tiny
 from training.machine import Machine, NativeMachine, XlaMachine
 
@@ -25,7 +24,4 @@ def machine(request: pytest.FixtureRequest) -> Machine:
     """Every way of training that this machine has."""
     if request.param == "xla":
         return XlaMachine()
-    kernels = native.load(Settings.read().cache_dir / "native")
-    if isinstance(kernels, str):
-        pytest.skip(kernels)
-    return NativeMachine(kernels)
+    return NativeMachine(kernels_here())

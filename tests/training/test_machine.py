@@ -13,6 +13,7 @@ from jaxlora import native, peft, weights
 from jaxlora.config import ModelConfig
 from jaxlora.lora import Adapter
 from jaxlora.settings import Settings
+from tests.kernels import kernels_here
 from tests.parity import checkpoints
 from training.lora_init import new_adapter
 from training.losses.sft import sft
@@ -30,10 +31,9 @@ TOLERANCE = {"avx512fp16": 1e-5, "avx512": 1e-5, "avx2": 1e-5, "avx512bf16": 1e-
 
 @pytest.fixture(scope="module")
 def kernels_machine() -> NativeMachine:
-    found = choose(Settings.read().cache_dir / "native", "float32")
-    if not isinstance(found, NativeMachine):
-        pytest.skip("no kernels here")
-    return found
+    machine = NativeMachine(kernels_here())
+    assert choose(Settings.read().cache_dir / "native", "float32") == machine
+    return machine
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,14 @@
 namespace jaxlora {
 namespace {
 
+bool same(ffi::Span<const int64_t> a, ffi::Span<const int64_t> b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end());
+}
+
 ffi::Error attention(F32 q, F32 k_new, F32 v_new, ffi::AnyBuffer k_cache, ffi::AnyBuffer v_cache, S32 starts, S32 lengths,
                      S32 slots, ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> k_result,
                      ffi::Result<ffi::AnyBuffer> v_result, int64_t window, float scale) {
   const auto qs = q.dimensions(), ns = k_new.dimensions(), cs = k_cache.dimensions();
-  auto same = [](auto a, auto b) { return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()); };
   if (qs.size() != 4 || ns.size() != 4 || cs.size() != 4)
     return bad("attention takes q [b, t, h, d] and caches [slots, kv, s, d]");
   Attention a{};
@@ -59,7 +62,7 @@ ffi::Error attention(F32 q, F32 k_new, F32 v_new, ffi::AnyBuffer k_cache, ffi::A
 // Fills what attention over whole sequences and its gradient have in common.
 ffi::Error read(F32 q, F32 k, F32 v, S32 segments, int64_t window, float scale, Causal* a) {
   const auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions();
-  if (qs.size() != 4 || ks.size() != 4 || !std::equal(ks.begin(), ks.end(), vs.begin(), vs.end())) {
+  if (qs.size() != 4 || ks.size() != 4 || !same(ks, vs)) {
     return bad("causal attention takes q [b, t, h, d], k and v [b, t, kv, d]");
   }
   a->b = qs[0], a->t = qs[1], a->heads = qs[2], a->d = qs[3], a->kv = ks[2];
