@@ -6,19 +6,21 @@ Both give the same answers within rounding, and each gives a row the same bits i
 import dataclasses
 import functools
 import pathlib
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
 from jaxlora import kv_cache, lora, native
-from jaxlora.config import OUTPUT_LAYER, ModelConfig
+from jaxlora.config import ModelConfig
 from jaxlora.kv_cache import Rows
-from jaxlora.lora import Bank, BankLayout
-from jaxlora.model import GATE_UP, QKV, Linears, plain_linears, rms_norm
-from jaxlora.weights import Packing, PlainPacking, Weights
+from jaxlora.lora import Bank, BankLayout, RowAdapters
+from jaxlora.model import GATE_UP, QKV, Linears, PlainLinears, rms_norm
+from jaxlora.weights import Packing, PlainPacking
 
 
 class Backend(Protocol):
@@ -47,7 +49,7 @@ class Backend(Protocol):
     def place(self, layout: BankLayout, bank: Bank, piece: Array, slot: Array, rank: Array, first: Array) -> Bank:
         """The bank with a piece of an adapter, packed for its `bank_ranks`, in a slot: from its value `first` on."""
 
-    def linears(self, config: ModelConfig, weights: Weights, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
+    def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
         """The model's linear layers with the adapter of bank slot `row_slots[b]` (int32 `[B]`, -1: none) applied to row b."""
 
     def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
@@ -93,8 +95,8 @@ class XlaBackend:
     def place(self, layout: BankLayout, bank: Bank, piece: Array, slot: Array, rank: Array, first: Array) -> Bank:
         return lora.put(bank, piece, slot, rank)
 
-    def linears(self, config: ModelConfig, weights: Weights, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
-        return plain_linears(config, weights, lora.adapt_rows(layout, bank, row_slots))
+    def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
+        return PlainLinears(config, RowAdapters(layout, bank, row_slots))
 
     def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
         return rms_norm(x, scale, eps)
@@ -120,6 +122,33 @@ class PackedDense:
         """float32 `[..., in] -> [..., out]`."""
         y = native.Kernels.linear(x, self.packed)
         return y if self.bias is None else y + self.bias
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeLinears:
+    """Implements `jaxlora.model.Linears`: one product for a group, then the adapters of all its modules."""
+
+    layout: BankLayout
+    bank: Bank
+    row_slots: Array
+
+    def own(self, layer: int | None) -> np.int32:
+        return self.layout.start(layer)
+
+    def __call__(self, dense: Mapping[str, PackedDense], own: Array, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:
+        group = dense["+".join(names)]
+        rows = x.reshape(-1, x.shape[-1])
+        spans = [self.layout.by_name.get(name) for name in names]
+        y = group(rows)
+        if None in spans:  # the output layer, whose adapters the bank need not have
+            return (y.reshape(*x.shape[:-1], -1),)
+        ends = np.cumsum([span.out_features for span in spans]).tolist()
+        modules = tuple(
+            native.LoraModule(span.a_offset, span.b_offset, end - span.out_features, span.out_features) for span, end in zip(spans, ends)
+        )
+        slots = jnp.repeat(self.row_slots, rows.shape[0] // self.row_slots.shape[0])
+        y = native.Kernels.lora(y, rows, self.bank.data, own, slots, self.bank.ranks, modules=modules, max_rank=self.layout.max_rank)
+        return tuple(jnp.split(y.reshape(*x.shape[:-1], -1), ends[:-1], axis=-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,26 +209,8 @@ class NativeBackend:
         data = native.Kernels.place(bank.data, piece, slot, rank, first, offsets=layout.offsets, max_rank=layout.max_rank)
         return Bank(data, bank.ranks.at[slot].set(rank))
 
-    def linears(self, config: ModelConfig, weights: Weights, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
-        def linears(layer: int | None, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:
-            dense = weights.head if layer is None else weights.layers[layer].linears["+".join(names)]
-            rows = x.reshape(-1, x.shape[-1])
-            y = dense(rows)
-            modules, widths = [], []
-            for name in names:
-                span = layout.by_path.get(config.module_path(layer, name))
-                width = config.vocab_size if name == OUTPUT_LAYER else span.out_features
-                if span is not None:
-                    modules.append(native.LoraModule(span.a_offset, span.b_offset, sum(widths), width))
-                widths.append(width)
-            if modules:
-                slots = jnp.repeat(row_slots, rows.shape[0] // row_slots.shape[0])
-                y = native.Kernels.lora(y, rows, bank.data, slots, bank.ranks, modules=tuple(modules), max_rank=layout.max_rank)
-            y = y.reshape(*x.shape[:-1], -1)
-            ends = [sum(widths[: index + 1]) for index in range(len(widths) - 1)]
-            return tuple(jnp.split(y, ends, axis=-1))
-
-        return linears
+    def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
+        return NativeLinears(layout, bank, row_slots)
 
     def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
         return native.Kernels.rms_norm(x, scale, eps)

@@ -99,6 +99,10 @@ class ModelConfig:
         }
         return tuple(Linear(name, _PATHS[name], *size) for name, size in sizes.items())
 
+    def names(self, layer: int | None) -> tuple[str, ...]:
+        """The names of the linear layers of a decoder layer, or of the output layer."""
+        return (OUTPUT_LAYER,) if layer is None else tuple(linear.name for linear in self.linears)
+
     def module_path(self, layer: int | None, name: str) -> str:
         """The Hugging Face path of a linear layer, for example `model.layers.3.self_attn.q_proj`; `layer` is None for `lm_head`."""
         return OUTPUT_LAYER if layer is None else f"model.layers.{layer}.{_PATHS[name]}"

@@ -15,7 +15,6 @@ from flax import struct
 from jax import Array
 
 from jaxlora.config import OUTPUT_LAYER, LinearAt, ModelConfig
-from jaxlora.model import Adapt
 from jaxlora.updates import update_slice
 
 
@@ -29,7 +28,8 @@ class Pair(Protocol):
 
 @struct.dataclass
 class Adapter:
-    """One adapter for all rows, as training has it: arrays by module path, `a [r, in]` and `b [out, r]`, scales static."""
+    """One adapter for all rows, as training has it: arrays by module path, `a [r, in]` and `b [out, r]`, scales static. Implements
+    `jaxlora.model.Adapters`, and `LayerAdapters` where it is the part of one layer, by names."""
 
     a: dict[str, Array]
     b: dict[str, Array]
@@ -44,14 +44,25 @@ class Adapter:
             scales=tuple((path, float(pair.scale)) for path, pair in sorted(modules.items())),
         )
 
-    def __call__(self, path: str, x: Array, y: Array) -> Array:
+    def of_layer(self, config: ModelConfig, layer: int | None) -> "Adapter":
+        """The modules of one layer by their names (`q_proj`), None being the output layer."""
+        paths = {name: config.module_path(layer, name) for name in config.names(layer)}
+        paths = {name: path for name, path in paths.items() if path in self.a}
+        scales = dict(self.scales)
+        return Adapter(
+            a={name: self.a[path] for name, path in paths.items()},
+            b={name: self.b[path] for name, path in paths.items()},
+            scales=tuple((name, scales[path]) for name, path in paths.items()),
+        )
+
+    def __call__(self, name: str, x: Array, y: Array) -> Array:
         """`y + s B A x` where the adapter has that module, else `y`."""
-        if path not in self.a:
+        if name not in self.a:
             return y
         # As matrices: the gradients of products with more dimensions take XLA more than twice as long on CPUs.
-        down = jnp.einsum("mk,rk->mr", x.reshape(-1, x.shape[-1]), self.a[path], precision="highest")
-        up = jnp.einsum("mr,nr->mn", down, self.b[path], precision="highest")
-        return y + (dict(self.scales)[path] * up).astype(y.dtype).reshape(y.shape)
+        down = jnp.einsum("mk,rk->mr", x.reshape(-1, x.shape[-1]), self.a[name], precision="highest")
+        up = jnp.einsum("mr,nr->mn", down, self.b[name], precision="highest")
+        return y + (dict(self.scales)[name] * up).astype(y.dtype).reshape(y.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,26 +77,45 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class BankLayout:
-    """One adapter as one flat vector, the same for every adapter: loading one is a single copy, and its memory is one number."""
+    """One adapter as one flat vector, the same for every adapter: loading one is a single copy, and its memory is one number. Layers
+    lie one behind the other and look the same inside, the output layer is the last."""
 
     max_rank: int
     spans: tuple[tuple[str, Span], ...]
+    """By module path."""
+    inside: tuple[tuple[str, Span], ...]
+    """By the name of a linear layer, with offsets from where its decoder layer (or the output layer) begins."""
+    starts: tuple[tuple[int | None, int], ...]
+    """Where each layer begins, None being the output layer."""
     size: int
 
     @classmethod
     def of(cls, config: ModelConfig, max_rank: int, output_layer: bool = False) -> "BankLayout":
         """The layout for every linear layer of a model; the output layer takes part only where asked, as it is large."""
-        spans, offset = [], 0
+        spans: dict[str, Span] = {}
+        inside: dict[str, Span] = {}
+        starts: dict[int | None, int] = {}
+        offset = 0
         for path, at in config.linear_paths().items():
             if path == OUTPUT_LAYER and not output_layer:
                 continue
-            spans.append((path, _span(at, offset, max_rank)))
+            start = starts.setdefault(at.layer, offset)
+            inside.setdefault(at.name, _span(at, offset - start, max_rank))
+            spans[path] = _span(at, offset, max_rank)
             offset += max_rank * (at.in_features + at.out_features)
-        return cls(max_rank, tuple(spans), offset)
+        return cls(max_rank, tuple(spans.items()), tuple(inside.items()), tuple(starts.items()), offset)
 
     @functools.cached_property
     def by_path(self) -> dict[str, Span]:
         return dict(self.spans)
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Span]:
+        return dict(self.inside)
+
+    def start(self, layer: int | None) -> np.int32:
+        """Where the layer begins in a slot; its end, if the layer has no place in the bank."""
+        return np.int32(dict(self.starts).get(layer, self.size))
 
     @functools.cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -132,25 +162,39 @@ def put(bank: Bank, vector: Array, slot: Array, rank: Array) -> Bank:
     return Bank(update_slice(bank.data, vector[None], (slot, 0)), bank.ranks.at[slot].set(rank))
 
 
-def adapt_rows(layout: BankLayout, bank: Bank, slots: Array) -> Adapt:
-    """Applies to row b of a batch the adapter in bank slot `slots[b]` (int32 `[B]`; -1: the base model).
+@struct.dataclass
+class RowAdapters:
+    """Applies to row b of a batch the adapter in bank slot `slots[b]` (int32 `[B]`; -1: the base model). Implements
+    `jaxlora.model.Adapters`, and `LayerAdapters` for the layer that begins at `start`.
 
     Every row computes with its own adapter only, at the bank's full rank, so a row's result depends neither on the others nor on where
     its adapter lies. The gather reads whole adapters at every step: right for accelerators, slow on CPUs, where `jaxlora.native` has a
     kernel that reads true ranks once.
     """
 
-    def adapt(path: str, x: Array, y: Array) -> Array:
-        span = layout.by_path.get(path)
+    layout: BankLayout = struct.field(pytree_node=False)
+    bank: Bank
+    slots: Array
+    start: Array | np.int32 = np.int32(0)
+
+    def of_layer(self, config: ModelConfig, layer: int | None) -> "RowAdapters":
+        return self.replace(start=self.layout.start(layer))
+
+    def __call__(self, name: str, x: Array, y: Array) -> Array:
+        span = self.layout.by_name.get(name)
         if span is None:
             return y
-        rows = jnp.maximum(slots, 0)
-        end = span.b_offset + layout.max_rank * span.out_features
-        a = bank.data[rows, span.a_offset : span.b_offset].reshape(-1, layout.max_rank, span.in_features)
-        b = bank.data[rows, span.b_offset : end].reshape(-1, layout.max_rank, span.out_features)
-        x = x.reshape(slots.shape[0], -1, x.shape[-1])
+        a = self._rows(span.a_offset, self.layout.max_rank, span.in_features)
+        b = self._rows(span.b_offset, self.layout.max_rank, span.out_features)
+        x = x.reshape(self.slots.shape[0], -1, x.shape[-1])
         down = jnp.einsum("btk,brk->btr", x, a.astype(x.dtype), precision="highest")
         up = jnp.einsum("btr,brn->btn", down, b.astype(x.dtype), precision="highest")
-        return jnp.where((slots >= 0).reshape(-1, *[1] * (y.ndim - 1)), y + up.reshape(y.shape), y)
+        return jnp.where((self.slots >= 0).reshape(-1, *[1] * (y.ndim - 1)), y + up.reshape(y.shape), y)
 
-    return adapt
+    def _rows(self, offset: int, ranks: int, width: int) -> Array:
+        """`[B, ranks, width]` from there in every row's slot. One gather: a slice of the bank would be a copy on CPUs."""
+
+        def row(slot: Array) -> Array:
+            return jax.lax.dynamic_slice(self.bank.data, (slot, self.start + offset), (1, ranks * width)).reshape(ranks, width)
+
+        return jax.vmap(row)(jnp.maximum(self.slots, 0))

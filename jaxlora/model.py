@@ -4,8 +4,8 @@ Pure functions on `Weights`. Letters in shapes: B sequences, T tokens of each, D
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,8 @@ from jax import Array
 from jaxlora.config import OUTPUT_LAYER, ModelConfig, Rope
 from jaxlora.weights import Layer, Weights
 
-# attend(layer, q [B,T,H,C], k [B,T,K,C], v [B,T,K,C]) -> [B,T,H,C]; the rotation has been applied.
-Attend = Callable[[int, Array, Array, Array], Array]
-# linears(layer or None for the output layer, names of linear layers that share x, x [..., in]) -> one [..., out] for each name,
-# adapters included.
-Linears = Callable[[int | None, tuple[str, ...], Array], tuple[Array, ...]]
-# adapt(module path, x [..., in], y [..., out]) -> y with the LoRA update of that module added.
-Adapt = Callable[[str, Array, Array], Array]
+# attend(cache of the layer, q [B,T,H,C], k [B,T,K,C], v [B,T,K,C], window) -> [B,T,H,C] and the cache; the rotation has been applied.
+Attend = Callable[[Any, Array, Array, Array, int], tuple[Array, Any]]
 # attend(q, k, v, window, segments), as `attend_whole`.
 AttendWhole = Callable[[Array, Array, Array, int, Array | None], Array]
 
@@ -32,25 +27,43 @@ QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
 
 
-def no_adapter(path: str, x: Array, y: Array) -> Array:
-    """The base model: `y` as it is."""
-    return y
+class Linears(Protocol):
+    """How the linear layers of a step are computed, adapters included."""
+
+    def own(self, layer: int | None) -> Any:
+        """What `__call__` has to know of one layer, None being the output layer: a pytree. Layers whose parts have the same structure,
+        shapes and static values are traced once."""
+
+    def __call__(self, dense: Mapping[str, Any], own: Any, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:
+        """`[..., out]` for each of the linear layers, which share x `[..., in]`; `dense` are the weights, as `Layer.linears` has them."""
 
 
-def plain_linears(config: ModelConfig, weights: Weights, adapt: Adapt = no_adapter) -> Linears:
-    """One product for each linear layer, with `adapt` applied to it."""
-    return linears_by(config, weights, lambda path, dense, x: adapt(path, x, dense(x)))
+class Adapters(Protocol):
+    """The adapters of a batch, whatever form they have."""
+
+    def of_layer(self, config: ModelConfig, layer: int | None) -> "LayerAdapters":
+        """Those of one layer, None being the output layer."""
 
 
-def linears_by(config: ModelConfig, weights: Weights, compute: Callable[[str, Any, Array], Array]) -> Linears:
-    """Each linear layer on its own: `compute(module path, layer of the weights, x [..., in])` gives `[..., out]`."""
+class LayerAdapters(Protocol):
+    """A pytree."""
 
-    def linears(layer: int | None, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:
-        if layer is None:
-            return (compute(OUTPUT_LAYER, weights.head, x),)
-        return tuple(compute(config.module_path(layer, name), weights.layers[layer].linears[name], x) for name in names)
+    def __call__(self, name: str, x: Array, y: Array) -> Array:
+        """y `[..., out]` with the update of the linear layer of that name for x `[..., in]` added; y, where it has none."""
 
-    return linears
+
+class PlainLinears:
+    """Implements `Linears`: one product for each layer, then its adapters; None is the base model."""
+
+    def __init__(self, config: ModelConfig, adapters: Adapters | None):
+        self._config, self._adapters = config, adapters
+
+    def own(self, layer: int | None) -> LayerAdapters | None:
+        return self._adapters and self._adapters.of_layer(self._config, layer)
+
+    def __call__(self, dense: Mapping[str, Any], own: LayerAdapters | None, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:
+        products = ((name, dense[name](x)) for name in names)
+        return tuple(own(name, x, y) if own else y for name, y in products)
 
 
 def forward(
@@ -61,56 +74,64 @@ def forward(
     attend: Attend,
     linears: Linears,
     norm: Norm,
+    caches: Sequence[Any] = (),
     embedded: Callable[[Array], Array] = lambda x: x,
     remat: bool = False,
-) -> Array:
-    """Hidden states after the final norm, `[B, T, D]`, for `tokens` int32 `[B, T]`, whose positions have the `rotation` that `turned` gives.
+) -> tuple[Array, list[Any]]:
+    """Hidden states after the final norm, `[B, T, D]`, for `tokens` int32 `[B, T]`, whose positions have the `rotation` that `turned` gives;
+    and the caches as `attend` left them.
 
-    The layers are unrolled: a scan over stacked weights would copy them at every step on CPUs.
+    The layers are unrolled, since a scan over stacked weights would copy them at every step on CPUs. Python traces one layer of a kind
+    only: XLA inlines the calls.
 
     Arguments:
+        caches: what `attend` gets of each layer; without them it gets None.
         embedded: what becomes of the embedded tokens `[B, T, D]` before the first layer.
         remat: a gradient keeps the input of each layer only, and computes the layer again.
     """
     batch, length = tokens.shape
     cos, sin = turned
 
-    def decoder_layer(index: int, layer: Layer, x: Array) -> Array:
+    @functools.partial(jax.jit, static_argnames="window")
+    def decoder_layer(layer: Layer, own: Any, cache: Any, x: Array, *, window: int) -> tuple[Array, Any]:
         h = norm(x, layer.input_norm, config.rms_norm_eps)
-        q, k, v = (y.reshape(batch, length, -1, config.head_dim) for y in linears(index, QKV, h))
+        q, k, v = (y.reshape(batch, length, -1, config.head_dim) for y in linears(layer.linears, own, QKV, h))
         if config.qk_norm:
             q = norm(q, layer.q_norm, config.rms_norm_eps)
             k = norm(k, layer.k_norm, config.rms_norm_eps)
-        attended = attend(index, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        (attended,) = linears(index, ("o_proj",), attended.astype(x.dtype).reshape(batch, length, -1))
+        attended, cache = attend(cache, rotate(q, cos, sin), rotate(k, cos, sin), v, window)
+        (attended,) = linears(layer.linears, own, ("o_proj",), attended.astype(x.dtype).reshape(batch, length, -1))
         x = x + attended
-        gate, up = linears(index, GATE_UP, norm(x, layer.post_norm, config.rms_norm_eps))
-        (down,) = linears(index, ("down_proj",), jax.nn.silu(gate) * up)
-        return x + down
+        gate, up = linears(layer.linears, own, GATE_UP, norm(x, layer.post_norm, config.rms_norm_eps))
+        (down,) = linears(layer.linears, own, ("down_proj",), jax.nn.silu(gate) * up)
+        return x + down, cache
 
     x = embedded(weights.embed[tokens].astype(weights.final_norm.dtype))
+    after = list(caches) or [None] * len(weights.layers)
     for index, layer in enumerate(weights.layers):
-        run = functools.partial(decoder_layer, index, layer)
-        x = jax.checkpoint(run)(x) if remat else run(x)
-    return norm(x, weights.final_norm, config.rms_norm_eps)
+        run = functools.partial(decoder_layer, window=config.windows[index])
+        x, after[index] = (jax.checkpoint(run) if remat else run)(layer, linears.own(index), after[index], x)
+    return norm(x, weights.final_norm, config.rms_norm_eps), after
 
 
-def project(linears: Linears, hidden: Array) -> Array:
+def project(weights: Weights, linears: Linears, hidden: Array) -> Array:
     """Logits in float32, `[..., V]`, from hidden states `[..., D]`."""
-    return linears(None, (OUTPUT_LAYER,), hidden)[0].astype(jnp.float32)
+    return linears({OUTPUT_LAYER: weights.head}, linears.own(None), (OUTPUT_LAYER,), hidden)[0].astype(jnp.float32)
 
 
-def logits(config: ModelConfig, weights: Weights, tokens: Array, lora: Adapt | None = None, segments: Array | None = None) -> Array:
+def logits(
+    config: ModelConfig, weights: Weights, tokens: Array, adapters: Adapters | None = None, segments: Array | None = None
+) -> Array:
     """Logits float32 `[B, T, V]` of whole sequences without a cache.
 
     Arguments:
         tokens: int32 `[B, T]`.
-        lora: adapters to apply, for example `jaxlora.lora.Adapter`.
+        adapters: what to apply, for example a `jaxlora.lora.Adapter`.
         segments: int32 `[B, T]`, the number of the packed example that a token belongs to; positions restart with each. None: one
             example a row.
     """
-    linears = plain_linears(config, weights, lora or no_adapter)
-    return project(linears, hidden_states(config, weights, tokens, linears, segments))
+    linears = PlainLinears(config, adapters)
+    return project(weights, linears, hidden_states(config, weights, tokens, linears, segments))
 
 
 def hidden_states(
@@ -137,10 +158,10 @@ def hidden_states(
         positions = positions - jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
         turned = tuple(part[0][positions] for part in turned)
 
-    def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-        return (attend_all or attend_whole)(q, k, v, config.windows[layer], segments)
+    def attend(cache: None, q: Array, k: Array, v: Array, window: int) -> tuple[Array, None]:
+        return (attend_all or attend_whole)(q, k, v, window, segments), cache
 
-    return forward(config, weights, tokens, turned, attend, linears, rms_norm, embedded, remat)
+    return forward(config, weights, tokens, turned, attend, linears, rms_norm, embedded=embedded, remat=remat)[0]
 
 
 def attend_whole(q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:

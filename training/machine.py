@@ -23,8 +23,8 @@ class Machine(Protocol):
     def attend(self, q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:
         """As `jaxlora.model.attend_whole`."""
 
-    def adapted(self, dense: Any, adapter: Adapter, path: str, x: Array) -> Array:
-        """The linear layer `dense` of x `[..., in]`, with the module `path` of the adapter, which it has."""
+    def adapted(self, dense: Any, adapter: Adapter, name: str, x: Array) -> Array:
+        """The linear layer `dense` of x `[..., in]`, with the module of that name, which the adapter (of one layer) has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class XlaMachine:
     def attend(self, q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:
         return attend_whole(q, k, v, window, segments)
 
-    def adapted(self, dense: Any, adapter: Adapter, path: str, x: Array) -> Array:
-        return adapter(path, x, dense(x))
+    def adapted(self, dense: Any, adapter: Adapter, name: str, x: Array) -> Array:
+        return adapter(name, x, dense(x))
 
 
 @struct.dataclass
@@ -85,9 +85,9 @@ class NativeMachine:
             return attend_whole(q, k, v, window, segments)
         return native.causal_attention(q, k, v, segments, scale=q.shape[-1] ** -0.5, window=window)
 
-    def adapted(self, dense: FrozenDense, adapter: Adapter, path: str, x: Array) -> Array:
-        scale = dict(adapter.scales)[path]
-        y = native.adapted_linear(x, dense.forward, dense.back, adapter.a[path], adapter.b[path], scale)
+    def adapted(self, dense: FrozenDense, adapter: Adapter, name: str, x: Array) -> Array:
+        scale = dict(adapter.scales)[name]
+        y = native.adapted_linear(x, dense.forward, dense.back, adapter.a[name], adapter.b[name], scale)
         return y if dense.bias is None else y + dense.bias
 
 

@@ -5,15 +5,18 @@ Only the adapter gets gradients. Logits never lie in memory for more than a bloc
 
 import dataclasses
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 from jax import Array
 
 from jaxlora.config import OUTPUT_LAYER, ModelConfig
 from jaxlora.lora import Adapter
-from jaxlora.model import hidden_states, linears_by, project
+from jaxlora.model import PlainLinears, hidden_states, project
 from jaxlora.weights import Weights
 from training.machine import Machine, XlaMachine
 
@@ -51,7 +54,7 @@ class Policy:
     def __call__(
         self, tokens: Array, segments: Array | None = None, temperature: float = 1.0, wanted: Array | None = None
     ) -> Array:
-        linears = linears_by(self.config, self.weights, self._linear)
+        linears = PlainLinears(self.config, None) if self.adapter is None else AdaptedLinears(self, self.adapter)
         hidden = hidden_states(self.config, self.weights, tokens, linears, segments, self._embedded, self.remat, self.machine.attend)
         wanted = jnp.ones_like(tokens) if wanted is None else wanted
         # The state at t - 1 predicts token t.
@@ -61,25 +64,50 @@ class Policy:
             wanted[:, 1:].reshape(-1),
         )
         if self.adapter is not None and OUTPUT_LAYER in self.adapter.a:
-            found = jnp.where(wanted != 0, _of_targets(project(linears, hidden) / temperature, targets), 0.0)
+            found = jnp.where(wanted != 0, _of_targets(project(self.weights, linears, hidden) / temperature, targets), 0.0)
         else:
             found = target_log_probs(self.weights.head, hidden, jnp.where(wanted != 0, targets, -1), jnp.float32(temperature))
         return jnp.pad(found.reshape(tokens.shape[0], -1), ((0, 0), (1, 0)))
-
-    def _linear(self, path: str, dense: Any, x: Array) -> Array:
-        if self.adapter is None or path not in self.adapter.a:
-            return dense(x)
-        if self.key is None or not self.noise.dropout:
-            return self.machine.adapted(dense, self.adapter, path, x)
-        # crc32 and not hash(), which differs from process to process.
-        kept = jax.random.bernoulli(jax.random.fold_in(self.key, zlib.crc32(path.encode())), 1 - self.noise.dropout, x.shape)
-        return self.adapter(path, jnp.where(kept, x / (1 - self.noise.dropout), 0).astype(x.dtype), dense(x))
 
     def _embedded(self, x: Array) -> Array:
         if self.key is None or not self.noise.embeddings:
             return x
         size = self.noise.embeddings / (x.shape[1] * x.shape[2]) ** 0.5
         return x + jax.random.uniform(jax.random.fold_in(self.key, 0), x.shape, jnp.float32, -size, size).astype(x.dtype)
+
+
+@struct.dataclass
+class LearningPart:
+    """The modules of one layer, and for each a number that tells it from those of other layers."""
+
+    adapter: Adapter
+    numbers: dict[str, np.uint32]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedLinears:
+    """Implements `jaxlora.model.Linears` for the adapter of a policy, with its noise."""
+
+    policy: Policy
+    adapter: Adapter
+
+    def own(self, layer: int | None) -> LearningPart:
+        config = self.policy.config
+        # crc32 and not hash(), which differs from process to process.
+        numbers = {name: np.uint32(zlib.crc32(config.module_path(layer, name).encode())) for name in config.names(layer)}
+        return LearningPart(self.adapter.of_layer(config, layer), numbers)
+
+    def __call__(self, dense: Mapping[str, Any], own: LearningPart, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:
+        return tuple(self._linear(dense[name], own, name, x) for name in names)
+
+    def _linear(self, dense: Any, own: LearningPart, name: str, x: Array) -> Array:
+        key, dropout = self.policy.key, self.policy.noise.dropout
+        if name not in own.adapter.a:
+            return dense(x)
+        if key is None or not dropout:
+            return self.policy.machine.adapted(dense, own.adapter, name, x)
+        kept = jax.random.bernoulli(jax.random.fold_in(key, own.numbers[name]), 1 - dropout, x.shape)
+        return own.adapter(name, jnp.where(kept, x / (1 - dropout), 0).astype(x.dtype), dense(x))
 
 
 def target_log_probs(head: Any, hidden: Array, targets: Array, temperature: Array) -> Array:

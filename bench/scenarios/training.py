@@ -6,6 +6,7 @@ Each turn is a process of its own that makes a few steps; the first of them comp
 import dataclasses
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def measure(context: Context) -> dict[str, Any]:
 
 def _ours(context: Context, data: Any, dtype: str, turn: int) -> float:
     run = context.folder / f"training-{dtype}-{turn}"
+    shutil.rmtree(run, ignore_errors=True)  # of a benchmark before, which would be continued
     options = {
         "data": data, "name": "bench/trained", "run": run, "max-steps": STEPS, "batch-size": BATCH, "micro-batch-size": BATCH,
         "max-length": LENGTH, "buckets": 1, "rank": RANK, "alpha": 2 * RANK, "lr": LEARNING_RATE, "schedule": "constant", "warmup": 0, "dtype": dtype,

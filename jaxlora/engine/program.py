@@ -188,23 +188,23 @@ class Program:
     ) -> tuple[State, Sampled]:
         config, length = self.config, tokens.shape[1]
         rows = Rows(slots, starts, lengths, every_slot)
-        keys, values = list(state.cache.k), list(state.cache.v)
 
-        def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-            out, keys[layer], values[layer] = self.backend.attend(q, k, v, keys[layer], values[layer], rows, config.windows[layer])
-            return out
+        def attend(cache: tuple[Array, Array], q: Array, k: Array, v: Array, window: int) -> tuple[Array, tuple[Array, Array]]:
+            out, *cache = self.backend.attend(q, k, v, *cache, rows, window)
+            return out, tuple(cache)
 
-        linears = self.backend.linears(config, weights, self.layout, bank, adapters)
+        linears = self.backend.linears(config, self.layout, bank, adapters)
         turned = jax.tree.map(lambda table: table[0].at[rows.positions(length)].get(mode="clip"), rotations)
-        hidden = forward(config, weights, tokens, turned, attend, linears, self.backend.rms_norm)
+        caches = list(zip(state.cache.k, state.cache.v))
+        hidden, caches = forward(config, weights, tokens, turned, attend, linears, self.backend.rms_norm, caches)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-        logits = project(linears, last)[:, 0]
+        logits = project(weights, linears, last)[:, 0]
         history = state.history
         if length > 1:
             history = sampling.record_prompt(history, slots, tokens, starts, lengths)
         sampled = sampling.sample(logits, sampler, starts + lengths, history, slots, self.backend.argmax_logsumexp)
         history = sampling.record_answer(history, slots, sampled.tokens, emit)
-        return State(KVCache(tuple(keys), tuple(values)), history), sampled
+        return State(KVCache(*zip(*caches)), history), sampled
 
 
 def _read_positions(cache: KVCache, source: Array, start: Array, *, length: int) -> KVCache:

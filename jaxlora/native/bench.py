@@ -111,23 +111,22 @@ def lora_modules(offset: int, k: int, widths: list[int]) -> tuple[tuple[native.L
     return tuple(modules), offset
 
 
-def all_modules() -> tuple[list[dict[str, tuple[native.LoraModule, ...]]], int]:
-    layers, offset = [], 0
-    for _ in range(LAYERS):
-        layer = {}
-        for name, k, widths in (
-            ("qkv", HIDDEN, [HEADS * HEAD, KV * HEAD, KV * HEAD]),
-            ("o", HIDDEN, [HIDDEN]),
-            ("gate_up", HIDDEN, [MLP, MLP]),
-            ("down", MLP, [HIDDEN]),
-        ):
-            layer[name], offset = lora_modules(offset, k, widths)
-        layers.append(layer)
-    return layers, offset
+def layer_modules() -> tuple[dict[str, tuple[native.LoraModule, ...]], int]:
+    """The modules of one layer, and the size of its part of a slot."""
+    layer, offset = {}, 0
+    for name, k, widths in (
+        ("qkv", HIDDEN, [HEADS * HEAD, KV * HEAD, KV * HEAD]),
+        ("o", HIDDEN, [HIDDEN]),
+        ("gate_up", HIDDEN, [MLP, MLP]),
+        ("down", MLP, [HIDDEN]),
+    ):
+        layer[name], offset = lora_modules(offset, k, widths)
+    return layer, offset
 
 
 def bench_lora(kernels: native.Kernels, repeat: int) -> None:
-    layers, size = all_modules()
+    modules, layer_size = layer_modules()
+    size = LAYERS * layer_size
     rank = jnp.full(ADAPTERS, RANK, jnp.int32)
     for dtype in ("float32", "bfloat16"):
         bank = jnp.array(np.broadcast_to(normal(1, size), (ADAPTERS, size)), dtype)
@@ -135,13 +134,11 @@ def bench_lora(kernels: native.Kernels, repeat: int) -> None:
         @jax.jit
         def step(x, wide, slots):
             out = []
-            for layer in layers:
-                for name, modules in layer.items():
+            for start in range(0, size, layer_size):
+                for name, parts in modules.items():
                     k, n = SHAPES[name]
-                    y = jnp.broadcast_to(x[:, :1], (x.shape[0], n))
-                    out.append(
-                        kernels.lora(y, wide if k == MLP else x, bank, slots, rank, modules=modules, max_rank=MAX_RANK)[0, 0]
-                    )
+                    y, inputs = jnp.broadcast_to(x[:, :1], (x.shape[0], n)), wide if k == MLP else x
+                    out.append(kernels.lora(y, inputs, bank, jnp.int32(start), slots, rank, modules=parts, max_rank=MAX_RANK)[0, 0])
             return out
 
         for name, slots in {
@@ -160,7 +157,8 @@ def bench_lora(kernels: native.Kernels, repeat: int) -> None:
 
 def bench_step(kernels: native.Kernels, repeat: int, length: int = 96) -> None:
     """A whole decode step of a model of these sizes: norms, rotation, caches, activation, output layer, argmax."""
-    modules, bank_size = all_modules()
+    modules, layer_size = layer_modules()
+    bank_size = LAYERS * layer_size
     rank = jnp.full(ADAPTERS, RANK, jnp.int32)
     for dtype in ("float32", "bfloat16"):
         model = {name: weights(kernels, shape, dtype) for name, shape in SHAPES.items()}
@@ -182,7 +180,8 @@ def bench_step(kernels: native.Kernels, repeat: int, length: int = 96) -> None:
 
             def linear(index, name, x):
                 y = kernels.linear(x, model[name][index])
-                return kernels.lora(y, x, bank, slots, rank, modules=modules[index][name], max_rank=MAX_RANK) if adapted else y
+                start = jnp.int32(index * layer_size)
+                return kernels.lora(y, x, bank, start, slots, rank, modules=modules[name], max_rank=MAX_RANK) if adapted else y
 
             angles = starts[:, None].astype(jnp.float32) * 10000 ** (-jnp.arange(HEAD // 2) / (HEAD // 2))
             cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]

@@ -35,7 +35,7 @@ class Packed:
 
 
 class LoraModule(NamedTuple):
-    """One module of a `lora` call. Offsets count values from the start of a slot's part of the bank."""
+    """One module of a `lora` call. Offsets count values from `start` in a slot's part of the bank."""
 
     a: int  # offset of A [max_rank, k], of which the first rows up to the slot's rank are read
     b: int  # offset of B [max_rank, width], with the adapter's scale folded in
@@ -140,7 +140,7 @@ class Kernels:
 
     @staticmethod
     def lora(
-        y: Array, x: Array, bank: Array, row_slot: Array, rank: Array, *, modules: tuple[LoraModule, ...], max_rank: int
+        y: Array, x: Array, bank: Array, start: Array, row_slot: Array, rank: Array, *, modules: tuple[LoraModule, ...], max_rank: int
     ) -> Array:
         """y [m, n] with each row's low-rank update (x A^T) B added, for all modules that read the same x. In place if donated.
 
@@ -148,6 +148,7 @@ class Kernels:
             y: float32 [m, n].
             x: float32 [m, k].
             bank: float32 or bfloat16 [slots, size].
+            start: int32 scalar, where the part of a slot begins from which the modules count.
             row_slot: int32 [m], each row's slot of the bank, or -1 for none.
             rank: int32 [slots], true ranks, at most `max_rank`.
             modules: where their A and B lie, and which columns of y are theirs.
@@ -159,6 +160,7 @@ class Kernels:
             y,
             x,
             bank,
+            start,
             row_slot,
             rank,
             ranks=np.int64(max_rank),

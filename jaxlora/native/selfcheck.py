@@ -51,7 +51,8 @@ def _lora(dtype: str, kernels: Kernels) -> bool:
     arguments = (
         _normal(7, 100),
         _normal(7, 70),
-        jnp.asarray(_normal(2, 16 * 160), dtype),
+        jnp.asarray(_normal(2, 40 + 16 * 160), dtype),
+        jnp.int32(40),
         jnp.int32([1, 0, 1, -1, 1, 1, 1]),
         jnp.int32([16, 5]),
     )

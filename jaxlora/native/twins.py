@@ -51,15 +51,20 @@ def twin_attention(
     return jnp.where(valid[:, :, None, None], out, 0), k_cache, v_cache
 
 
-def twin_lora(y: Array, x: Array, bank: Array, row_slot: Array, rank: Array, *, modules: tuple, max_rank: int) -> Array:
+def twin_lora(
+    y: Array, x: Array, bank: Array, start: Array, row_slot: Array, rank: Array, *, modules: tuple, max_rank: int
+) -> Array:
     """As `Kernels.lora`."""
     slots, k = bank.shape[0], x.shape[1]
     used = jnp.arange(max_rank) < rank[:, None]  # [slot, r]
     own = row_slot[:, None] == jnp.arange(slots)  # [m, slot]
     mask = own[:, :, None] & used
+
+    def part(offset: int, width: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(bank, start + offset, max_rank * width, axis=1).reshape(slots, max_rank, width).astype(jnp.float32)
+
     for module in modules:
-        a = bank[:, module.a : module.a + max_rank * k].reshape(slots, max_rank, k).astype(jnp.float32)
-        b = bank[:, module.b : module.b + max_rank * module.width].reshape(slots, max_rank, module.width).astype(jnp.float32)
+        a, b = part(module.a, k), part(module.b, module.width)
         hidden = jnp.where(mask, jnp.einsum("mk,srk->msr", x, a, precision="highest"), 0)
         # Ranks that a slot does not use may hold anything.
         b = jnp.where(used[:, :, None], b, 0)

@@ -14,12 +14,13 @@ from .arrays import DTYPES, normal, same_bits
 twin_lora = jax.jit(native.twin_lora, static_argnames=("modules", "max_rank"))  # compiled once for all instruction sets
 
 SLOTS, MAX_RANK = 5, 16
+START = jnp.int32(7)  # what lies before it in a slot is not the adapter's
 RANKS = jnp.int32([8, 0, 16, 3, 13])
 
 
 def bank_for(k: int, widths: list[int], dtype: str) -> tuple[jax.Array, tuple[native.LoraModule, ...]]:
     """A bank whose unused ranks hold NaN, and modules side by side in y with a gap before the first."""
-    modules, parts, column, offset = [], [], 2, 0
+    modules, parts, column, offset = [], [np.full((SLOTS, int(START)), np.nan)], 2, 0
     used = np.arange(MAX_RANK) < np.asarray(RANKS)[:, None]
     for width in widths:
         modules.append(native.LoraModule(offset, offset + MAX_RANK * k, column, width))
@@ -39,8 +40,8 @@ def test_lora_equals_its_twin(kernels: native.Kernels, dtype: str, k: int, width
     bank, modules = bank_for(k, widths, dtype)
     y, x = normal(0, len(rows), sum(widths) + 3), normal(1, len(rows), k)
     options = dict(modules=modules, max_rank=MAX_RANK)
-    got = jax.jit(functools.partial(kernels.lora, **options))(y, x, bank, jnp.int32(rows), RANKS)
-    want = twin_lora(y, x, jnp.nan_to_num(bank), jnp.int32(rows), RANKS, **options)
+    got = jax.jit(functools.partial(kernels.lora, **options))(y, x, bank, START, jnp.int32(rows), RANKS)
+    want = twin_lora(y, x, jnp.nan_to_num(bank), START, jnp.int32(rows), RANKS, **options)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * k**0.5)
 
 
@@ -50,9 +51,9 @@ def test_a_row_of_lora_is_bitwise_the_same_beside_any_others(kernels: native.Ker
     y, x = normal(0, 64, 106), normal(1, 64, 100)
     slots = np.random.default_rng(5).integers(-1, SLOTS, 64).astype(np.int32)
     step = jax.jit(functools.partial(kernels.lora, modules=modules, max_rank=MAX_RANK))
-    alone = np.concatenate([step(y[i : i + 1], x[i : i + 1], bank, slots[i : i + 1], RANKS) for i in range(64)])
+    alone = np.concatenate([step(y[i : i + 1], x[i : i + 1], bank, START, slots[i : i + 1], RANKS) for i in range(64)])
     for order in (np.arange(64), np.argsort(slots), np.random.default_rng(6).permutation(64)[:23]):
-        assert same_bits(step(y[order], x[order], bank, slots[order], RANKS), alone[order])
+        assert same_bits(step(y[order], x[order], bank, START, slots[order], RANKS), alone[order])
     assert same_bits(alone[slots < 0], y[slots < 0])
 
 
@@ -61,7 +62,7 @@ def test_y_is_updated_where_it_lies(kernels: native.Kernels) -> None:
     y = jnp.array(normal(0, 2, 32), copy=True)
     where = y.unsafe_buffer_pointer()
     step = jax.jit(functools.partial(kernels.lora, modules=modules, max_rank=MAX_RANK), donate_argnums=0)
-    assert step(y, normal(1, 2, 16), bank, jnp.int32([0, 2]), RANKS).unsafe_buffer_pointer() == where
+    assert step(y, normal(1, 2, 16), bank, START, jnp.int32([0, 2]), RANKS).unsafe_buffer_pointer() == where
 
 
 def test_slots_and_modules_outside_of_the_bank_are_refused(kernels: native.Kernels) -> None:
@@ -74,4 +75,4 @@ def test_slots_and_modules_outside_of_the_bank_are_refused(kernels: native.Kerne
         (0, modules[0], RANKS + 16, "rank above"),
     ]:
         with pytest.raises(Exception, match=message):
-            jax.block_until_ready(kernels.lora(y, x, bank, jnp.int32([slot]), ranks, modules=(module,), max_rank=MAX_RANK))
+            jax.block_until_ready(kernels.lora(y, x, bank, START, jnp.int32([slot]), ranks, modules=(module,), max_rank=MAX_RANK))

@@ -26,7 +26,7 @@ _logits = jax.jit(model.logits, static_argnames="config")
 def _banked_logits(
     config: ModelConfig, layout: lora.BankLayout, base: weights.Weights, bank: lora.Bank, tokens: np.ndarray, slots: np.ndarray
 ) -> jax.Array:
-    return model.logits(config, base, tokens, lora.adapt_rows(layout, bank, slots))
+    return model.logits(config, base, tokens, lora.RowAdapters(layout, bank, slots))
 
 
 class Ours:

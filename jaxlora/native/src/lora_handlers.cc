@@ -8,7 +8,7 @@
 namespace jaxlora {
 namespace {
 
-ffi::Error lora(F32 y_in, F32 x, ffi::AnyBuffer bank, S32 row_slot, S32 rank, ffi::ResultBuffer<ffi::F32> y,
+ffi::Error lora(F32 y_in, F32 x, ffi::AnyBuffer bank, S32 start, S32 row_slot, S32 rank, ffi::ResultBuffer<ffi::F32> y,
                 ffi::Span<const int64_t> a_offsets, ffi::Span<const int64_t> b_offsets, ffi::Span<const int64_t> columns,
                 ffi::Span<const int64_t> widths, int64_t ranks) {
   const auto xs = x.dimensions(), ys = y->dimensions(), bs = bank.dimensions();
@@ -20,10 +20,11 @@ ffi::Error lora(F32 y_in, F32 x, ffi::AnyBuffer bank, S32 row_slot, S32 rank, ff
   const int64_t m = xs[0], k = xs[1], n = ys[1], slots = bs[0];
   if (row_slot.element_count() != static_cast<size_t>(m)) return bad("row_slot takes one number a row");
   if (rank.element_count() != static_cast<size_t>(slots)) return bad("rank takes one number a slot");
+  if (start.element_count() != 1) return bad("start takes one number");
 
   std::vector<LoraModule> modules;
   for (size_t i = 0; i < a_offsets.size(); ++i) {
-    LoraModule module{a_offsets[i], b_offsets[i], columns[i], widths[i]};
+    LoraModule module{start.typed_data()[0] + a_offsets[i], start.typed_data()[0] + b_offsets[i], columns[i], widths[i]};
     if (module.a < 0 || module.b < 0 || module.column < 0 || module.a + ranks * k > bs[1] ||
         module.b + ranks * module.n > bs[1] || module.column + module.n > n) {
       return bad("module " + std::to_string(i) + " lies outside of the bank or of y");
@@ -116,6 +117,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_lora, lora,
                                   .Arg<F32>()             // y
                                   .Arg<F32>()             // x
                                   .Arg<ffi::AnyBuffer>()  // bank
+                                  .Arg<S32>()             // start
                                   .Arg<S32>()             // row_slot
                                   .Arg<S32>()             // rank
                                   .Ret<F32>()             // y
