@@ -72,7 +72,7 @@ def test_versions_count_up_and_the_latest_is_served(shop):
         info.nbytes,
         shop.folder("alice/sql", 2),
     )
-    assert peft.read(version.path, BASE, LIMITS, version.sha256, version.config_sha256).rank == 2
+    assert peft.read_published(version.path, version.sha256, version.config_sha256, version.nbytes).rank == 2
 
 
 def test_a_published_folder_is_copied_with_what_belongs_to_it_and_new_times(shop, tmp_path):

@@ -159,7 +159,8 @@ def test_an_adapter_that_cannot_be_placed_fails_its_request_alone(start, expecte
 def test_a_device_that_is_broken_ends_the_engine_and_everyone_is_told(start):
     told = []
     engine = start(f"decode:broken:seed={CULPRIT}", stopped=told.append)
-    sinks = [asked(engine, CULPRIT), *others(engine)]
+    with engine._wakeup:  # so that all are there before the first one fails
+        sinks = [asked(engine, CULPRIT), *others(engine)]
     (error,) = {str(error_of(sink)) for sink in sinks}
     assert re.fullmatch(r"the engine stopped: \w+RuntimeError: INTERNAL: the device is broken \(FAULTS\)", error)
     with pytest.raises(Unavailable, match="the engine stopped"):

@@ -113,9 +113,30 @@ def test_info_and_hashes_are_those_of_the_files(tmp_path):
     data = (path / peft.WEIGHTS_FILE).read_bytes()
     assert info.sha256 == hashlib.sha256(data).hexdigest() and info.nbytes == len(data)
     assert (info.rank, info.target_modules, info.num_modules) == (5, ("q_proj", "v_proj"), 6)
-    assert peft.read(path, BASE, LIMITS, info.sha256, info.config_sha256).rank == 5
-    with pytest.raises(AdapterInvalid, match=f"{peft.WEIGHTS_FILE} is not the one that was published"):
-        peft.read(path, BASE, LIMITS, "0" * 64, info.config_sha256)
+
+
+def test_what_was_accepted_is_read_by_its_hashes(tmp_path):
+    path = folder(tmp_path / "a", rank_pattern={"v_proj": 5}, alpha_pattern={"q_proj": 3})
+    info = peft.validate(path, BASE, LIMITS)
+    known, checked = peft.read_published(path, info.sha256, info.config_sha256, info.nbytes), peft.read(path, BASE, LIMITS)
+    assert known.config == checked.config and known.modules.keys() == checked.modules.keys()
+    for name, pair in checked.modules.items():
+        other = known.modules[name]
+        assert pair.scale == other.scale and pair.a.dtype == other.a.dtype
+        np.testing.assert_array_equal(pair.a, other.a)
+        np.testing.assert_array_equal(pair.b, other.b)
+
+
+@pytest.mark.parametrize("change", ["a bit", "shorter", "longer", "config"])
+def test_what_is_no_longer_what_was_accepted_is_refused(tmp_path, change):
+    path = folder(tmp_path / "a")
+    info = peft.validate(path, BASE, LIMITS)
+    changed = path / (peft.CONFIG_FILE if change == "config" else peft.WEIGHTS_FILE)
+    data = changed.read_bytes()
+    flipped = data[:-1] + bytes([data[-1] ^ 1])
+    changed.write_bytes({"a bit": flipped, "shorter": data[:-1], "longer": data + b" ", "config": data + b" "}[change])
+    with pytest.raises(AdapterInvalid, match=f"{changed.name} is not the one that was published"):
+        peft.read_published(path, info.sha256, info.config_sha256, info.nbytes)
 
 
 def test_the_output_layer_is_adapted_only_where_that_is_allowed(tmp_path):

@@ -11,6 +11,7 @@ from jaxlora.peft.folder import (
     LoraPair,
     check_files,
     read,
+    read_published,
     validate,
     write,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "check_files",
     "new_config",
     "read",
+    "read_published",
     "validate",
     "write",
 ]

@@ -14,8 +14,7 @@ from jaxlora.config import ModelConfig
 from jaxlora.engine import Engine, FaultyProgram, Handle, Health, Program, Request, Sizes, Thresholds
 from jaxlora.errors import EngineError, ServingError, SetupError
 from jaxlora.faults import parse
-from jaxlora.peft import Limits as PeftLimits
-from jaxlora.peft import LoraAdapter, read
+from jaxlora.peft import LoraAdapter, read_published
 from jaxlora.service.accounts import account_of, limits_of
 from jaxlora.service.answers import AnswerSink, Listener
 from jaxlora.service.memory import check_length
@@ -81,7 +80,6 @@ class LoraService:
         if settings.faults:
             progress(f"FAULTS: {settings.faults}")
             program = FaultyProgram(program, parse(settings.faults))
-        self._limits = PeftLimits.of(settings)
         self._catalogue = catalogue or CatalogueReader(catalogue_path(settings.cache_dir, store))
         describe_prompt = self.tokenizer.decode if settings.log_prompts else None
         self.observer = Observer(Registry(), log or RequestLog(), settings.metrics_adapters, describe_prompt)
@@ -153,7 +151,7 @@ class LoraService:
     def _read(self, version: AdapterVersion) -> LoraAdapter:
         registry, started = self.observer.registry, time.monotonic()
         try:
-            adapter = read(version.path, self.config, self._limits, version.sha256, version.config_sha256)
+            adapter = read_published(version.path, version.sha256, version.config_sha256, version.nbytes)
         except Exception:
             registry.add("lora_adapter_load_failures_total")
             raise
