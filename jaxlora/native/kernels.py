@@ -142,7 +142,8 @@ class Kernels:
     def lora(
         y: Array, x: Array, bank: Array, start: Array, row_slot: Array, rank: Array, *, modules: tuple[LoraModule, ...], max_rank: int
     ) -> Array:
-        """y [m, n] with each row's low-rank update (x A^T) B added, for all modules that read the same x. In place if donated.
+        """y [m, n] with each row's low-rank update (x A^T) B added, for all modules that read the same x. In place if donated. Where the
+        bank is bfloat16, `avx512bf16` rounds x and x A^T to it.
 
         Arguments:
             y: float32 [m, n].

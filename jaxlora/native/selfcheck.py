@@ -30,12 +30,17 @@ def _close(got: object, want: object) -> bool:
     return all(np.allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-3, atol=1e-3) for a, b in pairs)
 
 
+def _near(got: Array, want: Array, error: float) -> bool:
+    """Whether no value differs by more than a share of their usual size: for sums of products that were rounded."""
+    return bool(jnp.max(jnp.abs(got - want)) < error * jnp.sqrt(jnp.mean(want**2)))
+
+
 def _linear(dtype: str, kernels: Kernels) -> bool:
     w = jnp.asarray(_normal(75, 70), dtype)
     x = _normal(17, 75).astype(jnp.bfloat16).astype(np.float32)  # exact in either type
     packed, want = kernels.pack_linear(w), twin_linear(x, w)
     if packed.data.dtype == jnp.float16:
-        return bool(jnp.max(jnp.abs(kernels.linear(x, packed) - want)) < 5e-3 * jnp.sqrt(jnp.mean(want**2)))
+        return _near(kernels.linear(x, packed), want, 5e-3)
     return _close(kernels.linear(x, packed), want)
 
 
@@ -48,15 +53,17 @@ def _attention(dtype: str, kernels: Kernels) -> bool:
 
 def _lora(dtype: str, kernels: Kernels) -> bool:
     options = dict(modules=(LoraModule(0, 16 * 70, 3, 90),), max_rank=16)
+    y, x = jnp.asarray(_normal(7, 100)), _normal(7, 70)
     arguments = (
-        _normal(7, 100),
-        _normal(7, 70),
+        y,
+        x,
         jnp.asarray(_normal(2, 40 + 16 * 160), dtype),
         jnp.int32(40),
         jnp.int32([1, 0, 1, -1, 1, 1, 1]),
         jnp.int32([16, 5]),
     )
-    return _close(kernels.lora(*arguments, **options), twin_lora(jnp.asarray(arguments[0]), *arguments[1:], **options))
+    got, want = kernels.lora(*arguments, **options), twin_lora(*arguments, **options)
+    return _near(got - y, want - y, 2e-2) if (dtype, kernels.isa) == ("bfloat16", "avx512bf16") else _close(got, want)
 
 
 def _causal(kernels: Kernels) -> bool:

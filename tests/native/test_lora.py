@@ -40,9 +40,12 @@ def test_lora_equals_its_twin(kernels: native.Kernels, dtype: str, k: int, width
     bank, modules = bank_for(k, widths, dtype)
     y, x = normal(0, len(rows), sum(widths) + 3), normal(1, len(rows), k)
     options = dict(modules=modules, max_rank=MAX_RANK)
+    rounded = (dtype, kernels.isa) == ("bfloat16", "avx512bf16")  # x, and what lies between A and B
+    if rounded:
+        x = x.astype(jnp.bfloat16).astype(np.float32)
     got = jax.jit(functools.partial(kernels.lora, **options))(y, x, bank, START, jnp.int32(rows), RANKS)
     want = twin_lora(y, x, jnp.nan_to_num(bank), START, jnp.int32(rows), RANKS, **options)
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * k**0.5)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=(5e-2 if rounded else 1e-4) * k**0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

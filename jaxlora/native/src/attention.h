@@ -1,5 +1,6 @@
 // Causal attention over a cache, with an online softmax over blocks of positions. Blocks lie at whole multiples of kBlock and a
 // query meets them in ascending order, so that a token's result does not depend on the tile, the chunk or the batch it came in.
+// While a block's keys are used its values are fetched, and while those are used the keys that come next: sequences lie far apart.
 
 constexpr int64_t kBlock = 128;  // positions: their keys and values stay in the cache while every query of a tile meets them
 constexpr int kValueVecs = kWidth == 16 ? 4 : 2;  // vectors of the head dimension that are summed at once
@@ -31,14 +32,17 @@ INLINE Vec dot_keys(const float* query, const Cache* key, int64_t last, int64_t 
   return sums(acc);
 }
 
-// out[r, :] += weights[r, t] * values[t, :] for t in [begin, end), over R queries and N vectors of the head dimension.
+// out[r, :] += weights[r, t] * values[t, :] for t in [begin, end), over R queries and N vectors of the head dimension. `ahead`, where
+// it is not null, is fetched meanwhile.
 template <typename Cache, int R, int N>
-INLINE void add_values(const float* weights, const Cache* values, float* out, int64_t begin, int64_t end, int64_t d) {
+INLINE void add_values(const float* weights, const Cache* values, float* out, int64_t begin, int64_t end, int64_t d,
+                       const Cache* ahead) {
   Vec acc[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < N; ++i) acc[r][i] = load(out + r * d + i * kWidth);
   for (int64_t t = begin; t < end; ++t) {
+    if (ahead) fetch(ahead + t * d, d);
     Vec value[N];
     for (int i = 0; i < N; ++i) value[i] = load_value(values + t * d + i * kWidth);
 #pragma GCC unroll 8
@@ -53,15 +57,16 @@ INLINE void add_values(const float* weights, const Cache* values, float* out, in
 }
 
 template <typename Cache, int R>
-void add_values_of(int rows, const float* weights, const Cache* values, float* out, int64_t begin, int64_t end, int64_t d) {
+void add_values_of(int rows, const float* weights, const Cache* values, float* out, int64_t begin, int64_t end, int64_t d,
+                   const Cache* ahead) {
   if (rows == R) {
     int64_t c = 0;
-    for (; c + kValueVecs * kWidth <= d; c += kValueVecs * kWidth) {
-      add_values<Cache, R, kValueVecs>(weights, values + c, out + c, begin, end, d);
+    for (; c + kValueVecs * kWidth <= d; c += kValueVecs * kWidth, ahead = nullptr) {
+      add_values<Cache, R, kValueVecs>(weights, values + c, out + c, begin, end, d, ahead);
     }
-    for (; c < d; c += kWidth) add_values<Cache, R, 1>(weights, values + c, out + c, begin, end, d);
+    for (; c < d; c += kWidth, ahead = nullptr) add_values<Cache, R, 1>(weights, values + c, out + c, begin, end, d, ahead);
   } else if constexpr (R > 1) {
-    add_values_of<Cache, R - 1>(rows, weights, values, out, begin, end, d);
+    add_values_of<Cache, R - 1>(rows, weights, values, out, begin, end, d, ahead);
   }
 }
 
@@ -96,8 +101,8 @@ class QueryTile {
     queries_[count_++] = {low, high, kMasked, zero()};
   }
 
-  // Keys and values are one head's [s, d].
-  void attend(const Cache* keys, const Cache* values, int64_t s, int64_t d) {
+  // Keys and values are one head's [s, d]; `after` are the keys of whoever comes next, or null.
+  void attend(const Cache* keys, const Cache* values, int64_t s, int64_t d, const Cache* after) {
     int64_t low = queries_[0].low, high = queries_[0].high;
     for (int r = 1; r < count_; ++r) {
       low = queries_[r].low < low ? queries_[r].low : low;
@@ -110,11 +115,11 @@ class QueryTile {
         if (count_ >= kWidenFor) {
           widen(block_keys, keys_, begin * d, end * d);
           widen(block_values, values_, begin * d, end * d);
-          attend_block(keys_, values_, block, begin, end, kBlock, d);
+          attend_block<float>(keys_, values_, block, begin, end, kBlock, d, nullptr);
           continue;
         }
       }
-      attend_block(block_keys, block_values, block, begin, end, s - block, d);
+      attend_block(block_keys, block_values, block, begin, end, s - block, d, block + kBlock <= high ? block_keys + kBlock * d : after);
     }
   }
 
@@ -130,24 +135,25 @@ class QueryTile {
 
   // The positions [begin, end) of one block of keys and values, of which `rows` may be read.
   template <typename T>
-  void attend_block(const T* keys, const T* values, int64_t block, int64_t begin, int64_t end, int64_t rows, int64_t d) {
+  void attend_block(const T* keys, const T* values, int64_t block, int64_t begin, int64_t end, int64_t rows, int64_t d, const T* after) {
     if (d == 64) {
-      score<64>(keys, block, begin, end, rows, d);
+      score<64>(keys, values, block, begin, end, rows, d);
     } else if (d == 128) {
-      score<128>(keys, block, begin, end, rows, d);
+      score<128>(keys, values, block, begin, end, rows, d);
     } else {
-      score<0>(keys, block, begin, end, rows, d);
+      score<0>(keys, values, block, begin, end, rows, d);
     }
     for (int r = 0; r < count_; ++r) weigh(r, block, begin, end, d);
-    for (int r = 0; r < count_; r += kValueRows) {
+    for (int r = 0; r < count_; r += kValueRows, after = nullptr) {
       int queries = count_ - r < kValueRows ? count_ - r : kValueRows;
-      add_values_of<T, kValueRows>(queries, weights_ + r * kBlock, values, out_ + r * d, begin, end, d);
+      add_values_of<T, kValueRows>(queries, weights_ + r * kBlock, values, out_ + r * d, begin, end, d, after);
     }
   }
 
   template <int D, typename T>
-  void score(const T* keys, int64_t block, int64_t begin, int64_t end, int64_t rows, int64_t d) {
+  void score(const T* keys, const T* values, int64_t block, int64_t begin, int64_t end, int64_t rows, int64_t d) {
     for (int64_t g = begin / kWidth * kWidth; g < end; g += kWidth) {
+      fetch(values + g * d, (end - g < kWidth ? end - g : kWidth) * d);
       for (int r = 0; r < count_; ++r) {
         const Query& query = queries_[r];
         int64_t low = query.low - block - g, high = query.high - block - g;  // the lanes that it sees
@@ -202,7 +208,15 @@ void attend(const Attention& a, int64_t begin, int64_t end) {
     const int64_t kv = item % a.kv, first_token = item / a.kv % tiles * a.tile, b = item / a.kv / tiles;
     const int64_t after = first_token + a.tile < a.t ? first_token + a.tile : a.t;
     const int64_t valid = a.lengths[b] < after ? a.lengths[b] : after;
-    const int64_t cache = (a.slots[b] * a.kv + kv) * a.s * a.d;
+    auto head_of = [&](int64_t b, int64_t kv) { return (a.slots[b] * a.kv + kv) * a.s * a.d; };
+    const int64_t cache = head_of(b, kv);
+    const auto *keys = static_cast<const Cache*>(a.k_cache), *values = static_cast<const Cache*>(a.v_cache);
+    const Cache* after_keys = nullptr;
+    if (kv + 1 < a.kv) {
+      after_keys = keys + head_of(b, kv + 1);
+    } else if (tiles == 1 && b + 1 < a.b) {
+      after_keys = keys + head_of(b + 1, 0);
+    }
     auto at = [&](int64_t token, int64_t head) { return ((b * a.t + token) * a.heads + kv * group + head) * a.d; };
     const int64_t queries = valid > first_token ? (valid - first_token) * group : 0;
     for (int64_t i = 0; i < queries; i += kTileQueries) {
@@ -213,7 +227,7 @@ void attend(const Attention& a, int64_t begin, int64_t end) {
         const int64_t low = a.window && position >= a.window ? position - a.window + 1 : 0;
         tile.push(a.q + at(token, j % group), a.scale, a.d, low, position);
       }
-      tile.attend(static_cast<const Cache*>(a.k_cache) + cache, static_cast<const Cache*>(a.v_cache) + cache, a.s, a.d);
+      tile.attend(keys + cache, values + cache, a.s, a.d, next < queries ? nullptr : after_keys);
       for (int64_t j = i; j < next; ++j)
         tile.finish(static_cast<int>(j - i), a.out + at(first_token + j / group, j % group), a.d);
     }

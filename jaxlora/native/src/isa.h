@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace jaxlora {
@@ -37,10 +39,10 @@ namespace {
    JAXLORA_ISA::attend<uint16_t>,    \
    JAXLORA_ISA::causal,              \
    JAXLORA_ISA::causal_gradient,     \
-   JAXLORA_ISA::lora_down<float>,    \
-   JAXLORA_ISA::lora_down<uint16_t>, \
-   JAXLORA_ISA::lora_up<float>,      \
-   JAXLORA_ISA::lora_up<uint16_t>,   \
+   JAXLORA_ISA::lora_down<JAXLORA_ISA::WideLora<float>>, \
+   JAXLORA_ISA::lora_down<JAXLORA_ISA::Bf16Lora>,        \
+   JAXLORA_ISA::lora_up<JAXLORA_ISA::WideLora<float>>,   \
+   JAXLORA_ISA::lora_up<JAXLORA_ISA::Bf16Lora>,          \
    JAXLORA_ISA::summarize, JAXLORA_ISA::rms_norm}
 
 }  // namespace jaxlora

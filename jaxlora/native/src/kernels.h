@@ -81,15 +81,15 @@ struct LoraItem {
 };
 
 struct Lora {
-  const float* x;    // [m, k]
+  const void* x;     // [m, k], float32, or for a bank of bfloat16 what `round_rows` made of that
   const void* bank;  // [adapters, size]
-  float* hidden;     // [modules, m, ranks]
+  void* hidden;      // [modules, m, ranks], of the type of x
   float* y;          // [m, n]
   const int64_t* rows;
   const LoraGroup* groups;
   const LoraModule* modules;
   const LoraItem *down, *up;
-  int64_t down_count, up_count, size, m, k, n, ranks;
+  int64_t down_count, up_count, size, m, k, x_stride, n, ranks;
 };
 
 struct Kernels {

@@ -151,7 +151,12 @@ void round_rows(const float* x, uint16_t* rounded, int64_t k, int64_t row_begin,
   for (int64_t row = row_begin; row < row_end; ++row) {
     const float* from = x + row * k;
     uint16_t* to = rounded + row * padded;
-    for (int64_t i = 0; i < k; ++i) to[i] = to_bf16(from[i]);
+    int64_t i = 0;
+    for (; i + kWidth <= k; i += kWidth) {
+      const __m256bh values = _mm512_cvtneps_pbh(load(from + i));
+      __builtin_memcpy(to + i, &values, sizeof values);
+    }
+    for (; i < k; ++i) to[i] = to_bf16(from[i]);
     if (padded > k) to[k] = 0;
   }
 }

@@ -15,16 +15,6 @@ ffi::Error check(Shape x, Shape w, Shape y, int64_t k_of_step) {
   return ffi::Error::Success();
 }
 
-// What happens to each row of x before the product.
-template <typename Body>
-void prepare_rows(int64_t m, int64_t k, const Body& body) {
-  if (m * k < kSerial) {
-    body(0, m);
-  } else {
-    Pool::instance().split(m, body, 16);
-  }
-}
-
 template <typename Body>
 void multiply(int64_t m, int64_t n, const Body& body, int64_t grain = 1) {
   Pool::instance().split((m + kRowBlock - 1) / kRowBlock * panels(n), body, grain);
@@ -34,21 +24,10 @@ void multiply(int64_t m, int64_t n, const Body& body, int64_t grain = 1) {
 template <bool kBf16>
 constexpr int64_t kStep = kBf16 ? 2 : 1;
 
-// Bytes that `product` needs besides.
-template <bool kBf16>
-size_t product_space(int64_t m, int64_t k) {
-  return kBf16 && active->round_rows ? static_cast<size_t>(m * ((k + 1) / 2 * 2)) * sizeof(uint16_t) : 0;
-}
-
-// y = x @ w + update, for weights in float32 or bfloat16.
+// y = x @ w + update, for weights in float32 or bfloat16. `space` holds what `rows_space` says.
 template <bool kBf16>
 void product(const float* x, const void* w, float* y, int64_t m, int64_t k, int64_t n, const Update& update, void* space) {
-  Linear a{x, w, y, m, k, n, update};
-  if (kBf16 && active->round_rows) {
-    auto* rounded = static_cast<uint16_t*>(space);
-    prepare_rows(m, k, [&](int64_t begin, int64_t end) { active->round_rows(x, rounded, k, begin, end); });
-    a.x = rounded;
-  }
+  const Linear a{rows_for(kBf16, x, m, k, space), w, y, m, k, n, update};
   multiply(m, n, [&](int64_t begin, int64_t end) { (kBf16 ? active->linear_bf16 : active->linear_f32)(a, begin, end); });
 }
 
@@ -57,7 +36,7 @@ ffi::Error linear(F32 x, ffi::AnyBuffer w, F32Result y) {
   const auto xs = x.dimensions(), ys = y->dimensions();
   if (auto error = check(xs, w.dimensions(), ys, kStep<kBf16>); error.failure()) return error;
   const int64_t m = xs[0], k = xs[1];
-  product<kBf16>(x.typed_data(), w.untyped_data(), y->typed_data(), m, k, ys[1], {}, scratch.reserve(product_space<kBf16>(m, k)));
+  product<kBf16>(x.typed_data(), w.untyped_data(), y->typed_data(), m, k, ys[1], {}, scratch.reserve(rows_space(kBf16, m, k)));
   return ffi::Error::Success();
 }
 
@@ -95,7 +74,7 @@ ffi::Error adapted(F32 x, ffi::AnyBuffer w, F32 a, F32 b, F32Result y, F32Result
   if (as.size() != 2 || as[0] != k || as[1] != hs.back() || !fits(hs, b.dimensions(), m, n)) return bad("the update has another shape");
   project_rows(x.typed_data(), a.typed_data(), h->typed_data(), m, k, as[1]);
   product<kBf16>(x.typed_data(), w.untyped_data(), y->typed_data(), m, k, n, {h->typed_data(), b.typed_data(), as[1]},
-                 scratch.reserve(product_space<kBf16>(m, k)));
+                 scratch.reserve(rows_space(kBf16, m, k)));
   return ffi::Error::Success();
 }
 
@@ -110,7 +89,7 @@ ffi::Error adapted_gradient(F32 x, F32 h, ffi::AnyBuffer w, F32 a, F32 b, F32 sl
     return bad("the update has another shape");
   }
   const int64_t ranks = bs[1], block = 64, of_a = (k + block - 1) / block, of_b = (n + block - 1) / block;
-  auto* dh = static_cast<float*>(scratch.reserve(static_cast<size_t>(m * ranks) * sizeof(float) + product_space<kBf16>(m, n)));
+  auto* dh = static_cast<float*>(scratch.reserve(static_cast<size_t>(m * ranks) * sizeof(float) + rows_space(kBf16, m, n)));
   project_rows(slope.typed_data(), b.typed_data(), dh, m, n, ranks);
   product<kBf16>(slope.typed_data(), w.untyped_data(), dx->typed_data(), m, n, k, {dh, a.typed_data(), ranks}, dh + m * ranks);
   auto columns = [&](const float* rows, const float* from, float* to, int64_t width, int64_t begin, int64_t end) {

@@ -62,8 +62,9 @@ ffi::Error lora(F32 y_in, F32 x, ffi::AnyBuffer bank, S32 start, S32 row_slot, S
       for (int64_t c = 0; c < modules[i].n; c += kColumnBlock) up.push_back({group, module, c});
     }
   }
-  float* hidden = static_cast<float*>(scratch.reserve(modules.size() * static_cast<size_t>(m * ranks) * sizeof(float)));
-  const Lora l{x.typed_data(),
+  const size_t hidden_size = modules.size() * static_cast<size_t>(m * ranks) * sizeof(float);
+  auto* hidden = static_cast<char*>(scratch.reserve(hidden_size + rows_space(bf16, m, k)));
+  const Lora l{rows_for(bf16, x.typed_data(), m, k, hidden + hidden_size),
                bank.untyped_data(),
                hidden,
                y->typed_data(),
@@ -77,6 +78,7 @@ ffi::Error lora(F32 y_in, F32 x, ffi::AnyBuffer bank, S32 start, S32 row_slot, S
                bs[1],
                m,
                k,
+               row_stride(bf16, k),
                n,
                ranks};
   Pool& pool = Pool::instance();

@@ -216,3 +216,11 @@ INLINE Vec exp2(Vec x) {
   p = fma(p, f, fill(1.0f));
   return scale_by_power(p, whole);
 }
+
+// Has `count` values read into the second-level cache, which waits for more lines at a time than the first one does.
+template <typename T>
+INLINE void fetch(const T* p, int64_t count) {
+  for (const char *at = reinterpret_cast<const char*>(p), *end = reinterpret_cast<const char*>(p + count); at < end; at += 64) {
+    _mm_prefetch(at, _MM_HINT_T1);
+  }
+}
