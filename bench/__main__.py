@@ -56,7 +56,8 @@ def main() -> None:
     asked = rows(options.shapes, options.streams, options.mixes)
     for dtype in options.dtypes if asked else ():
         say(f"{dtype}: {len(asked)} rows, {options.repeat} repetitions")
-        setup = make_setup(dataclasses.replace(settings, dtype=dtype), model, config, prepared, options.systems, say)
+        # Nobody guesses tokens here: these are the speeds of the model. Scenario `lookup` has guesses.
+        setup = make_setup(dataclasses.replace(settings, dtype=dtype, prompt_lookup_tokens=0), model, config, prepared, options.systems, say)
         with Session(setup, options.python, folder, say).systems(options.systems) as session:
             found = {"systems": session.describe(), "rows": []}
             results["precisions"][dtype] = found

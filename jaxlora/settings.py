@@ -113,6 +113,10 @@ class Settings:
     max_seq_len: int = _setting(2048, _whole(16, 1 << 20), "prompt and answer together, in tokens")
     prefill_chunk: int = _setting(128, _whole(8, 8192), "prompt tokens that one prefill step takes")
     prefix_cache: int = _setting(1, _whole(0, 1), "1: a prompt that begins as one in a slot does, with the same adapter, is not computed again")
+    prompt_lookup_tokens: int = _setting(
+        5, _whole(0, 15), "tokens of a greedy answer that a step guesses from the text so far, on CPUs with native kernels and while one or two "
+        "requests are answered; the answers are the same; 0: none",
+    )  # fmt: skip
     max_lora_rank: int = _setting(64, _whole(1, 1024), "largest adapter rank")
     lora_slots: int = _setting(32, _whole(1, 4096), "adapters on the device at the same time")
     lora_output_layer: int = _setting(0, _whole(0, 1), "1: adapters may target `lm_head` too (costs device memory)")

@@ -22,7 +22,7 @@ class Counting:
         self.sizes = Sizes(slots, 64, chunk, lora_slots, 4)
         self.batch_sizes, self.chunk_lengths = batch_sizes, (4, chunk)
         self.config = type("Config", (), {"vocab_size": VOCAB})
-        self.cut_invariant = True
+        self.cut_invariant, self.guess_sizes = True, ()
         self.steps, self.placed, self.copies, self.cleared = [], [], [], []
         self.gate = threading.Event()
         self.gate.set()

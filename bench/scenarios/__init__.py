@@ -6,7 +6,7 @@ A scenario is a function from a `Context` to `{"title", "columns", "rows", "note
 from collections.abc import Callable
 from typing import Any
 
-from bench.scenarios import fairness, prefix, publishing, quality, starts, training, wire, zipf
+from bench.scenarios import fairness, lookup, prefix, publishing, quality, starts, training, wire, zipf
 from bench.scenarios.context import Context, Skipped
 
 SCENARIOS: dict[str, Callable[[Context], dict[str, Any]]] = {
@@ -16,6 +16,7 @@ SCENARIOS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "publish": publishing.measure,
     "starts": starts.measure,
     "prefix": prefix.measure,
+    "lookup": lookup.measure,
     "quality": quality.measure,
     "training": training.measure,
 }

@@ -94,7 +94,7 @@ class Engine:
         return {
             "waiting": waiting, "running": len(running), "steps": self.steps, "kv_tokens": sum(sequence.written for sequence in running),
             "adapters_resident": len(self._residency.resident()), "adapters_placed": self._residency.placed, "compiled": self._program.compiled(),
-            "prompt_tokens_reused": self.reused,
+            "prompt_tokens_reused": self.reused, "guessed": self._stepper.guessed, "guessed_right": self._stepper.guessed_right,
         }
 
     def adapters(self) -> list[Hashable]:
@@ -267,6 +267,7 @@ class Engine:
         self._fail(sequence, error)
 
     def _leave(self, sequence: Sequence, intact: bool = True) -> None:
+        sequence.ended = True
         with self._wakeup:
             self._queue.end(sequence)
         if sequence.slot >= 0:

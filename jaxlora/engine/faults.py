@@ -28,7 +28,7 @@ class FaultyProgram:
         """As `Program.run`, where no fault is due."""
         if self._broken:
             raise jax.errors.JaxRuntimeError("INTERNAL: the device is broken (FAULTS)")
-        place = "prefill" if batch.tokens.shape[1] > 1 else "decode"
+        place = "prefill" if batch.tokens.shape[1] > 1 and not batch.guessed else "decode"
         not_finite = np.zeros(len(batch.slots), bool)
         for fault in self._faults:
             rows = _rows(batch, fault)

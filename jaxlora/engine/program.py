@@ -23,14 +23,15 @@ from jaxlora.engine.requests import MAX_BANNED
 from jaxlora.engine.sampling import History, Sampled, SamplerRows
 from jaxlora.kv_cache import KVCache, Rows
 from jaxlora.lora import Bank, BankLayout, Pair
-from jaxlora.model import forward, project, rotation
+from jaxlora.model import Linears, forward, project, rotation
 from jaxlora.updates import update_slice
 from jaxlora.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The bounds that fix every shape: serving slots, tokens of a sequence, tokens of a prefill step, adapters on the device, ranks."""
+    """The bounds that fix every shape: serving slots, tokens of a sequence, tokens of a prefill step, adapters on the device, ranks;
+    and how many tokens of a greedy answer may be guessed for a step."""
 
     slots: int
     max_seq_len: int
@@ -38,6 +39,11 @@ class Sizes:
     lora_slots: int
     max_lora_rank: int
     output_layer: bool = False
+    guesses: int = 0
+
+
+# The rows that a step with guesses may have. With more of them arithmetic takes the time, and not the weights' way through memory.
+MAX_GUESSED_ROWS = 2
 
 
 @struct.dataclass
@@ -51,7 +57,8 @@ class State:
 @dataclasses.dataclass
 class Batch:
     """The rows of one step, on the host. `tokens` int32 `[B, T]`; `slots`, `starts`, `lengths`, `adapters` int32 `[B]`; `emit` bool
-    `[B]` says which rows take the sampled token into their history."""
+    `[B]` says which rows take the sampled token into their history. `guessed`: the tokens of a row after its first are guesses, so a token
+    is chosen at every position; greedily, and the history stays as it is."""
 
     tokens: np.ndarray
     slots: np.ndarray
@@ -60,6 +67,7 @@ class Batch:
     adapters: np.ndarray
     emit: np.ndarray
     sampler: SamplerRows
+    guessed: bool = False
 
 
 class Program:
@@ -75,6 +83,7 @@ class Program:
         # A table, since XLA on CPUs would compute the cosines and sines again for every head of every layer.
         self._rotation = rotation(config.rope, config.head_dim, jnp.arange(sizes.max_seq_len)[None])
         self._step = jax.jit(self._trace, donate_argnames="state", static_argnames="every_slot", compiler_options=backend.compiler_options or None)
+        self._check = jax.jit(self._trace_guesses, donate_argnames="state", compiler_options=backend.compiler_options or None)
         # Two programs: in one, XLA would copy the whole cache, since what is read lies in what is written.
         self._read = jax.jit(_read_positions, static_argnames="length")
         self._write = jax.jit(_write_positions, donate_argnames="state")
@@ -86,11 +95,15 @@ class Program:
         self.cut_invariant = backend.cut_invariant
         self.batch_sizes = backend.batch_sizes(sizes.slots)
         self.chunk_lengths = backend.chunk_lengths(sizes.prefill_chunk)
+        # Elsewhere a token might come out otherwise beside guesses than alone.
+        guesses = sizes.guesses and self.cut_invariant
+        self.guess_sizes = tuple(size for size in self.batch_sizes if size <= MAX_GUESSED_ROWS) if guesses else ()
 
     def run(self, batch: Batch) -> Sampled:
-        """One step: reads the rows' tokens, stores their keys and values, and samples a next token for every row. Waits for the result."""
-        arguments, static = self._arguments(batch, self.bank, self.state)
-        self.state, sampled = self._step(*arguments, **static)
+        """One step: reads the rows' tokens, stores their keys and values, and samples a next token for every row (with guesses, at every
+        position). Waits for the result."""
+        step, arguments, static = self._call(batch, self.bank, self.state)
+        self.state, sampled = step(*arguments, **static)
         return jax.device_get(sampled)
 
     def allocate(self) -> None:
@@ -155,58 +168,79 @@ class Program:
 
     def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
         """Allocates, and compiles every step. Rows are idle, so the state stays empty."""
-        shapes = [*((1, length) for length in self.chunk_lengths), *((rows, 1) for rows in self.batch_sizes)]
-        batches = [idle_batch(*shape, self.config.vocab_size) for shape in shapes]
+        vocab = self.config.vocab_size
+        batches = {f"prefill x {length}": idle_batch(1, length, vocab) for length in self.chunk_lengths}
+        batches |= {f"decode x {rows}": idle_batch(rows, 1, vocab) for rows in self.batch_sizes}
+        batches |= {f"guesses x {rows}": idle_batch(rows, 1 + self.sizes.guesses, vocab, guessed=True) for rows in self.guess_sizes}
         bank, state = jax.eval_shape(self._new_bank), jax.eval_shape(self._new_state)
         # Memory is cleared, and XLA compiles or reads what it compiled before, in other threads while Python traces the next step.
         with ThreadPoolExecutor(1) as allocator, ThreadPoolExecutor(os.cpu_count()) as compilers:
             working = [allocator.submit(self.allocate)]
-            for index, (rows, length) in enumerate(shapes):
-                progress(f"compiling {f'prefill x {length}' if length > 1 else f'decode x {rows}'} ({index + 1}/{len(shapes)})")
-                arguments, static = self._arguments(batches[index], bank, state)
-                working.append(compilers.submit(self._step.lower(*arguments, **static).compile))
+            for number, (name, batch) in enumerate(batches.items(), 1):
+                progress(f"compiling {name} ({number}/{len(batches)})")
+                step, arguments, static = self._call(batch, bank, state)
+                working.append(compilers.submit(step.lower(*arguments, **static).compile))
             working[0].result()
             self.put_adapter(0, self.pack({}, 1), 1)
             self.reuse(self.sizes.slots - 1, 0, np.zeros(1, np.int32), record=True)
             self.clear(0)
             for done in working:
                 done.result()
-        for batch in batches:
+        for batch in batches.values():
             self.run(batch)
         jax.block_until_ready(self.bank)
 
     def compiled(self) -> int:
         """How many programs have been compiled; constant after `warm_up`."""
-        return sum(jitted._cache_size() for jitted in (self._step, self._read, self._write, self._record, self._clear, self._put))
+        return sum(jitted._cache_size() for jitted in (self._step, self._check, self._read, self._write, self._record, self._clear, self._put))
 
-    def _arguments(self, batch: Batch, bank: Bank, state: State) -> tuple[tuple[Any, ...], dict[str, bool]]:
+    def _call(self, batch: Batch, bank: Bank, state: State) -> tuple[Any, tuple[Any, ...], dict[str, bool]]:
+        """The compiled step for a batch, and its arguments."""
+        rows = (self._weights, self._rotation, bank, state, batch.tokens, batch.slots, batch.starts, batch.lengths, batch.adapters)
+        if batch.guessed:
+            return self._check, rows, {}
         every_slot = batch.tokens.shape == (self.sizes.slots, 1) and len(self.batch_sizes) == 1
-        rows = (batch.tokens, batch.slots, batch.starts, batch.lengths, batch.adapters, batch.emit, batch.sampler)
-        return (self._weights, self._rotation, bank, state, *rows), {"every_slot": every_slot}
+        return self._step, (*rows, batch.emit, batch.sampler), {"every_slot": every_slot}
 
     def _trace(
         self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, tokens: Array, slots: Array, starts: Array,
         lengths: Array, adapters: Array, emit: Array, sampler: SamplerRows, *, every_slot: bool,
     ) -> tuple[State, Sampled]:
-        config, length = self.config, tokens.shape[1]
-        rows = Rows(slots, starts, lengths, every_slot)
+        hidden, cache, linears = self._forward(weights, rotations, bank, state, tokens, Rows(slots, starts, lengths, every_slot), adapters)
+        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+        logits = project(weights, linears, last)[:, 0]
+        history = state.history
+        if tokens.shape[1] > 1:
+            history = sampling.record_prompt(history, slots, tokens, starts, lengths)
+        sampled = sampling.sample(logits, sampler, starts + lengths, history, slots, self.backend.argmax_logsumexp)
+        history = sampling.record_answer(history, slots, sampled.tokens, emit)
+        return State(cache, history), sampled
+
+    def _trace_guesses(
+        self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, tokens: Array, slots: Array, starts: Array,
+        lengths: Array, adapters: Array,
+    ) -> tuple[State, Sampled]:
+        hidden, cache, linears = self._forward(weights, rotations, bank, state, tokens, Rows(slots, starts, lengths), adapters)
+        logits = project(weights, linears, hidden)
+        best, total = (part.reshape(tokens.shape) for part in self.backend.argmax_logsumexp(logits.reshape(-1, logits.shape[-1])))
+        finite = jnp.isfinite(total) | (jnp.arange(tokens.shape[1]) >= lengths[:, None])
+        return State(cache, state.history), Sampled(best, None, None, None, finite.all(axis=1))
+
+    def _forward(
+        self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, tokens: Array, rows: Rows, adapters: Array
+    ) -> tuple[Array, KVCache, Linears]:
+        """Hidden states `[B, T, D]`, the cache with the new keys and values, and the linear layers that computed them."""
+        config = self.config
 
         def attend(cache: tuple[Array, Array], q: Array, k: Array, v: Array, window: int) -> tuple[Array, tuple[Array, Array]]:
             out, *cache = self.backend.attend(q, k, v, *cache, rows, window)
             return out, tuple(cache)
 
         linears = self.backend.linears(config, self.layout, bank, adapters)
-        turned = jax.tree.map(lambda table: table[0].at[rows.positions(length)].get(mode="clip"), rotations)
+        turned = jax.tree.map(lambda table: table[0].at[rows.positions(tokens.shape[1])].get(mode="clip"), rotations)
         caches = list(zip(state.cache.k, state.cache.v))
         hidden, caches = forward(config, weights, tokens, turned, attend, linears, self.backend.rms_norm, caches)
-        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-        logits = project(weights, linears, last)[:, 0]
-        history = state.history
-        if length > 1:
-            history = sampling.record_prompt(history, slots, tokens, starts, lengths)
-        sampled = sampling.sample(logits, sampler, starts + lengths, history, slots, self.backend.argmax_logsumexp)
-        history = sampling.record_answer(history, slots, sampled.tokens, emit)
-        return State(KVCache(*zip(*caches)), history), sampled
+        return hidden, KVCache(*zip(*caches)), linears
 
 
 def _read_positions(cache: KVCache, source: Array, start: Array, *, length: int) -> KVCache:
@@ -239,7 +273,7 @@ def _is_usable(tree: Any) -> bool:
     return bool(arrays) and not any(array.is_deleted() for array in arrays)
 
 
-def idle_batch(rows: int, length: int, vocab: int) -> Batch:
+def idle_batch(rows: int, length: int, vocab: int, guessed: bool = False) -> Batch:
     """A batch whose rows do nothing: the start from which a real one is filled in."""
     return Batch(
         tokens=np.zeros((rows, length), np.int32),
@@ -249,6 +283,7 @@ def idle_batch(rows: int, length: int, vocab: int) -> Batch:
         adapters=np.full(rows, -1, np.int32),
         emit=np.zeros(rows, bool),
         sampler=neutral_sampler(rows, vocab),
+        guessed=guessed,
     )
 
 

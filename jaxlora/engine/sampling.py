@@ -34,12 +34,12 @@ class SamplerRows:
 @struct.dataclass
 class Sampled:
     """`tokens`, `logprobs` `[B]` and the best `top_ids`, `top_logprobs` `[B, TOP]` (zeros where no row asked); `ok` is False for a row
-    whose logits are not finite."""
+    whose logits are not finite. After a step with guesses `tokens` is `[B, T]`, one for each position, and there are no probabilities."""
 
     tokens: Array
-    logprobs: Array
-    top_ids: Array
-    top_logprobs: Array
+    logprobs: Array | None
+    top_ids: Array | None
+    top_logprobs: Array | None
     ok: Array
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import threading
 
+from jaxlora.engine.lookup import Lookup
 from jaxlora.engine.program import Batch, idle_batch
 from jaxlora.engine.requests import MAX_BANNED, Request, Result, Timings, Token
 from jaxlora.engine.sampling import Sampled
@@ -13,7 +14,8 @@ from jaxlora.engine.sampling import Sampled
 class Sequence:
     """One request inside the engine. `written` counts the tokens whose keys and values are in the cache, `cached` those that
     were there before it came, `handed_out` those of the answer that its sink has got: more than `answer` holds, while a sequence that had
-    to begin anew repeats itself. A `suspect` took part in a step that failed."""
+    to begin anew repeats itself. A `suspect` took part in a step that failed; `guessed` are the tokens that its next step has beside the
+    last one; what has `ended` takes no more."""
 
     request: Request
     submitted: float
@@ -27,6 +29,9 @@ class Sequence:
     answer: list[int] = dataclasses.field(default_factory=list)
     handed_out: int = 0
     suspect: bool = False
+    ended: bool = False
+    guessed: list[int] = dataclasses.field(default_factory=list)
+    lookup: Lookup | None = None
 
     @property
     def prefilling(self) -> bool:
@@ -37,6 +42,21 @@ class Sequence:
         self.suspect = suspect or self.suspect
         self.written = self.cached = 0
         self.answer.clear()
+        self.guessed, self.lookup = [], None
+
+    def guess(self, most: int, max_seq_len: int) -> bool:
+        """Guesses up to so many of the next tokens, no more than it may have. False for a sequence whose next token is not simply the
+        likeliest one: it takes no part in steps with guesses."""
+        params, prompt = self.request.params, self.request.prompt
+        self.guessed = []
+        if params.temperature > 0 or params.penalised or params.logprobs is not None or params.bad_words or self.banned():
+            return False
+        # The last token that it may have needs no step after it.
+        room = min(params.max_tokens, max_seq_len - len(prompt)) - len(self.answer) - 1
+        if room > 0:
+            self.lookup = self.lookup or Lookup(prompt)
+            self.guessed = self.lookup.guess(self.answer, min(most, room))
+        return True
 
     def deadline(self, queue_timeout_s: float) -> float:
         """When it has waited too long, in seconds of `time.monotonic`: for a slot, or as its own time-out says."""
@@ -79,6 +99,16 @@ def decode_batch(sequences: list[Sequence], rows: list[int], size: int, vocab: i
         batch.tokens[row, 0] = sequence.answer[-1]
         _fill(batch, row, sequence, 1)
         batch.emit[row] = True
+    return batch
+
+
+def guess_batch(sequences: list[Sequence], size: int, guesses: int, vocab: int) -> Batch:
+    """The last token of each sequence with what it `guessed`, in `size` rows."""
+    batch = idle_batch(size, 1 + guesses, vocab, guessed=True)
+    for row, sequence in enumerate(sequences):
+        tokens = [sequence.answer[-1], *sequence.guessed]
+        batch.tokens[row, : len(tokens)] = tokens
+        _fill(batch, row, sequence, len(tokens))
     return batch
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxlora.engine.health import Health
 from jaxlora.engine.program import Batch, Program, idle_batch
 from jaxlora.engine.sampling import Sampled
-from jaxlora.engine.slots import Sequence, decode_batch, prefill_batch, row_numbers
+from jaxlora.engine.slots import Sequence, decode_batch, guess_batch, prefill_batch, row_numbers
 from jaxlora.errors import EngineError, ServingError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class Stepper:
         self._program, self._health, self._begin_anew, self._relieve = program, health, begin_anew, relieve
         self._by_slot = len(program.batch_sizes) == 1
         self._resets = 0
+        self.guessed = self.guessed_right = 0
 
     def chunk(self, sequence: Sequence) -> int:
         """How many tokens the next prefill step of a sequence has, with those that fill it up."""
@@ -68,12 +69,13 @@ class Stepper:
         return self._run(_Step("prefill", self._prefill_batch), sequences)
 
     def decode(self, sequences: list[Sequence]) -> Iterator[Outcome]:
-        """The next token of each sequence, in one step if all is well. An outcome has to be dealt with before the next one is asked for.
+        """The next token of each sequence, or several that were guessed, in one step if all is well. An outcome has to be dealt with before
+        the next one is asked for.
 
         Raises:
             Broken: it is no request's fault.
         """
-        return self._run(_Step("decode", self._decode_batch), sequences)
+        return self._run(_Step("decode", self._guess_batch if self._guess(sequences) else self._decode_batch), sequences)
 
     def put_adapter(self, slot: int, vector: np.ndarray, rank: int) -> None:
         """As `Program.put_adapter`; tries twice where memory is short.
@@ -115,6 +117,17 @@ class Stepper:
         rows = row_numbers(sequences, self._by_slot)
         return decode_batch(sequences, rows, size, self._program.config.vocab_size), rows
 
+    def _guess(self, sequences: list[Sequence]) -> bool:
+        """Whether the next step has guesses."""
+        sizes, bounds = self._program.guess_sizes, self._program.sizes
+        if not sizes or len(sequences) > sizes[-1]:
+            return False
+        return all([sequence.guess(bounds.guesses, bounds.max_seq_len) for sequence in sequences]) and any(each.guessed for each in sequences)
+
+    def _guess_batch(self, sequences: list[Sequence]) -> tuple[Batch, list[int]]:
+        size = next(size for size in self._program.guess_sizes if size >= len(sequences))
+        return guess_batch(sequences, size, self._program.sizes.guesses, self._program.config.vocab_size), list(range(len(sequences)))
+
     def _run(self, step: _Step, sequences: list[Sequence]) -> Iterator[Outcome]:
         allowed, resets = self._health.allowed_rows(), self._resets
         suspects = [[sequence] for sequence in sequences if sequence.suspect]
@@ -136,8 +149,22 @@ class Stepper:
                 self._health.fault(step.name, "not_finite")
                 self._program.clear(sequence.slot)
                 yield self._failed(sequence, EngineError("the model's logits are not finite", "not_finite"))
+            elif batch.guessed:
+                yield from self._compared(sequence, sampled, row)
             else:
                 yield Outcome(sequence, int(batch.lengths[row]), sampled, row)
+
+    def _compared(self, sequence: Sequence, sampled: Sampled, row: int) -> Iterator[Outcome]:
+        """The tokens of a step with guesses, as long as the guesses before them were right."""
+        guessed, right = sequence.guessed, 0
+        for at in range(1 + len(guessed)):
+            yield Outcome(sequence, 1, sampled.replace(tokens=sampled.tokens[:, at]), row)
+            if sequence.ended or at == len(guessed) or guessed[at] != sampled.tokens[row, at]:
+                break
+            right += 1
+        if guessed:
+            self.guessed, self.guessed_right = self.guessed + len(guessed), self.guessed_right + right
+            sequence.lookup.learn(right)
 
     def _recover(self, step: _Step, group: list[Sequence], last: bool, error: Exception) -> Iterator[Outcome]:
         self._count(step.name, error, len(group))

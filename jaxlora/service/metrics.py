@@ -49,6 +49,8 @@ _TABLE = (
     ),
     Metric("lora_prompt_tokens_total", COUNTER, "Prompt tokens of the requests that got a slot.", _ADAPTER),
     Metric("lora_prompt_tokens_reused_total", COUNTER, "Those of them that did not have to be computed, since a prompt began as another did."),
+    Metric("lora_guessed_tokens_total", COUNTER, "Tokens that were guessed from the text so far (PROMPT_LOOKUP_TOKENS)."),
+    Metric("lora_guessed_tokens_right_total", COUNTER, "Those of them that the model agreed with: each spares a step."),
     Metric("lora_generated_tokens_total", COUNTER, "Tokens generated.", _ADAPTER),
     Metric("lora_queue_time_seconds", HISTOGRAM, "From the request's arrival to its slot.", _ADAPTER, _WAITING_S),
     Metric("lora_time_to_first_token_seconds", HISTOGRAM, "From the request's arrival to its first token.", _ADAPTER, _WAITING_S),

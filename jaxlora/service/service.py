@@ -74,6 +74,7 @@ class LoraService:
             lora_slots=settings.lora_slots,
             max_lora_rank=settings.max_lora_rank,
             output_layer=bool(settings.lora_output_layer),
+            guesses=settings.prompt_lookup_tokens,
         )
         program = Program(self.config, loaded, chosen, sizes, dtype)
         program.warm_up(progress)

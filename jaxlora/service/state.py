@@ -51,6 +51,8 @@ class StateRecorder:
         set("lora_engine_up", value=float(self._engine.healthy))
         set("lora_engine_steps_total", value=load["steps"])
         set("lora_prompt_tokens_reused_total", value=load["prompt_tokens_reused"])
+        set("lora_guessed_tokens_total", value=load["guessed"])
+        set("lora_guessed_tokens_right_total", value=load["guessed_right"])
         set("lora_slots_allowed", value=self._engine.health.allowed_rows())
         for breaker, state in self._engine.health.states().items():
             set("lora_breaker_state", breaker, value=state)
