@@ -36,6 +36,12 @@ class Row:
         self.pieces.append(piece)
         self._replies.progressed()
 
+    def take(self) -> list[Piece]:
+        """What has gathered. The list stays the same one, since the engine's thread may be adding to it."""
+        taken = self.pieces[:]
+        del self.pieces[: len(taken)]
+        return taken
+
     def end(self, ending: Ending) -> None:
         self.ending = ending
         self._replies.ended()
@@ -115,13 +121,9 @@ class Replies:
             self._queued = False
             error, ready = self._error, self._ready
             self.closed = error is not None or ready
-            pieces = [row.pieces for row in self._rows]
-            for row in self._rows:
-                row.pieces = []
             if not (self._stream or self.closed):  # an answer in one piece is not complete yet
-                for row, gathered in zip(self._rows, pieces):
-                    row.pieces = gathered
                 return
+            pieces = [row.take() for row in self._rows]
         if error is not None:
             backend.send_error(self._response_sender, error)
         elif ready:
