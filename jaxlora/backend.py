@@ -200,7 +200,7 @@ class NativeBackend:
         return tuple(sorted({max(chunk // 4, 2), max(chunk // 2, 2), chunk}))
 
     def bank_ranks(self, rank: int, max_rank: int) -> int:
-        return rank  # the kernel reads no others
+        return min(rank, max_rank)  # the kernel reads no others
 
     def piece(self, layout: BankLayout) -> int:
         return min(PIECE, layout.size)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bench import adapters, measure as arithmetic
-from bench.scenarios.context import Context
+from bench.scenarios.context import Context, Skipped
 from bench.worker import Request
 from jaxlora.text import Tokenizer
 from server.repository import PROJECT
@@ -13,8 +13,8 @@ from server.repository import PROJECT
 ANSWER, PARAGRAPHS = 96, 4
 TEXT = "bench/README.md"
 TASKS = {
-    "quotes its prompt": "Repeat the following text word for word.\n\n{}",
-    "answers freely": "Write a short story about a lighthouse keeper who finds a letter, in the manner of chapter {}.",
+    "quotes its prompt": "Repeat the following text word for word.\n\n{text}",
+    "answers freely": "Write a short story about a lighthouse keeper who finds a letter, in the manner of chapter {number}.",
 }
 
 
@@ -22,7 +22,7 @@ def measure(context: Context) -> dict[str, Any]:
     most = context.settings.prompt_lookup_tokens
     tokenizer = Tokenizer.from_folder(context.model)
     if not most or not tokenizer.has_chat_template:
-        return {"title": "Guessed tokens", "columns": [], "rows": [], "note": "Not measured: PROMPT_LOOKUP_TOKENS is 0, or the model has no chat template."}
+        raise Skipped("PROMPT_LOOKUP_TOKENS is 0, or the model has no chat template")
     prepared = adapters.prepare(context.cache, context.config, context.settings_of(), adapters.sixteen())
     settings = {"without": context.settings_of(prompt_lookup_tokens=0), "with": context.settings_of()}
     with context.systems(["engine"], prepared, settings["without"]) as plain, context.systems(["engine"], prepared, settings["with"]) as guessing:
@@ -39,9 +39,8 @@ def measure(context: Context) -> dict[str, Any]:
             if answers["with"] != answers["without"]:
                 raise AssertionError("answers differ with guesses")
             ratio = statistics.median(fast / slow for fast, slow in zip(speeds["with"], speeds["without"]))
-            low, high = min(speeds["with"]), max(speeds["with"])
-            medians = {name: statistics.median(values) for name, values in speeds.items()}
-            rows.append([task, f"{medians['without']:.0f}", f"{medians['with']:.0f} ({low:.0f} to {high:.0f})", f"{ratio:.2f}"])
+            slow, fast = (arithmetic.Spread.of(speeds[name]) for name in ("without", "with"))
+            rows.append([task, f"{slow.median:.0f}", f"{fast.median:.0f} ({fast.low:.0f} to {fast.high:.0f})", f"{ratio:.2f}"])
             found[task] = speeds
     return {
         "title": f"Guessed tokens: one stream, base model, engine alone, {context.dtype}",
@@ -57,7 +56,6 @@ def _requests(tokenizer: Tokenizer, task: str, repeat: int) -> Iterator[Request]
     for repetition in range(repeat):
         for index, paragraph in enumerate(paragraphs):
             # Every repetition asks something else, which no cache has seen.
-            words = " ".join(paragraph.split()[repetition:][:90])
-            content = TASKS[task].format(words if "word for word" in TASKS[task] else repetition * PARAGRAPHS + index + 1)
-            messages = [{"role": "user", "content": content}]
+            text, number = " ".join(paragraph.split()[repetition:][:90]), repetition * PARAGRAPHS + index + 1
+            messages = [{"role": "user", "content": TASKS[task].format(text=text, number=number)}]
             yield Request(tokenizer.apply_chat_template(messages), tokenizer.render_chat(messages), ANSWER, "")

@@ -138,8 +138,6 @@ class Program:
 
     def pack(self, modules: Mapping[str, Pair], rank: int) -> np.ndarray:
         """An adapter of that rank as `put_adapter` takes it. Any thread may call it. Raises ValueError where the bank has no room for it."""
-        if rank > self.sizes.max_lora_rank:
-            raise ValueError(f"the adapter has rank {rank}, the bank has room for {self.sizes.max_lora_rank}")
         ranks = self.backend.bank_ranks(rank, self.sizes.max_lora_rank)
         return self.layout.pack(modules, ranks, jnp.dtype(self._dtype), self.backend.piece(self.layout))
 

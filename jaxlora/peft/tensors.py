@@ -138,12 +138,7 @@ class TensorFile:
         return tensors
 
     def _read_into(self, data: np.ndarray, offset: int) -> None:
-        view = memoryview(data)
-        while view:
-            count = os.preadv(self._fd, [view], offset)
-            if count == 0:
-                raise AdapterInvalid([f"{self._name} became shorter while it was read"])
-            view, offset = view[count:], offset + count
+        _read_into(self._fd, self._name, data, offset)
 
 
 def read_known(path: pathlib.Path, size: int, sha256: str) -> dict[str, np.ndarray]:
@@ -156,9 +151,10 @@ def read_known(path: pathlib.Path, size: int, sha256: str) -> dict[str, np.ndarr
         AdapterInvalid: it can't be read, or is another one now.
     """
     with open(open_regular(path), "rb", buffering=0) as file:
-        data = np.empty(size, np.uint8)
-        whole = os.fstat(file.fileno()).st_size == size and file.readinto(data) == size
-    if not whole or hashlib.sha256(data).hexdigest() != sha256:
+        as_long = os.fstat(file.fileno()).st_size == size
+        data = np.empty(size if as_long else 0, np.uint8)
+        _read_into(file.fileno(), path.name, data, 0)
+    if not as_long or hashlib.sha256(data).hexdigest() != sha256:
         raise AdapterInvalid([f"{path.name} is not the one that was published"])
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:start].tobytes())
@@ -168,6 +164,16 @@ def read_known(path: pathlib.Path, size: int, sha256: str) -> dict[str, np.ndarr
             begin, end = entry["data_offsets"]
             found[name] = data[start + begin : start + end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return found
+
+
+def _read_into(fd: int, name: str, data: np.ndarray, offset: int) -> None:
+    """Fills `data` with what the file holds from `offset` on: one call of the system may give less."""
+    view = memoryview(data)
+    while view:
+        count = os.preadv(fd, [view], offset)
+        if count == 0:
+            raise AdapterInvalid([f"{name} became shorter while it was read"])
+        view, offset = view[count:], offset + count
 
 
 def open_regular(path: pathlib.Path) -> int:

@@ -49,6 +49,17 @@ def test_lora_equals_its_twin(kernels: native.Kernels, dtype: str, k: int, width
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_whole_numbers_are_exact(kernels: native.Kernels, dtype: str) -> None:
+    # Rounding to bfloat16 leaves whole numbers up to 256 as they are, so nothing may be off wherever values are rounded on their way.
+    bank, modules = bank_for(576, [300, 33], dtype)
+    y, x, slots = np.round(normal(0, 7, 336)), np.round(normal(1, 7, 576)), jnp.int32([2, -1, 2, 0, 4, 3, 2])
+    arguments, options = (y, x, jnp.round(bank), START, slots, RANKS), dict(modules=modules, max_rank=MAX_RANK)
+    want = twin_lora(y, x, jnp.nan_to_num(jnp.round(bank)), START, slots, RANKS, **options)
+    assert np.abs(want).max() > 100
+    np.testing.assert_array_equal(jax.jit(functools.partial(kernels.lora, **options))(*arguments), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_lora_is_bitwise_the_same_beside_any_others(kernels: native.Kernels, dtype: str) -> None:
     bank, modules = bank_for(100, [70, 33], dtype)
     y, x = normal(0, 64, 106), normal(1, 64, 100)

@@ -174,7 +174,20 @@ struct LoraPart {
   int64_t count, stride;
 };
 
-// Four rows at a time, then one: pass(rows, the first of them, what to fetch meanwhile).
+// [begin, end) in blocks of N and then of one: body(the size of the block, its first).
+template <int N, typename Body>
+INLINE void in_blocks(int64_t begin, int64_t end, Body body) {
+  for (; begin + N <= end; begin += N) body(std::integral_constant<int, N>(), begin);
+  for (; begin < end; ++begin) body(std::integral_constant<int, 1>(), begin);
+}
+
+// What lies between A and B of a module, [ranks], for one row.
+template <typename X>
+INLINE X* hidden_of(const Lora& l, const LoraItem& item, int64_t row) {
+  return static_cast<X*>(l.hidden) + (item.module * l.m + l.rows[row]) * l.ranks;
+}
+
+// Four rows at a time, then one: pass(rows, item, its part, the first row, what to fetch meanwhile).
 template <typename T, typename Pass>
 INLINE void each_item(const Lora& l, const LoraItem* items, int64_t count, bool down, int64_t begin, int64_t end, Pass pass) {
   for (int64_t i = begin; i < end; ++i) {
@@ -184,13 +197,10 @@ INLINE void each_item(const Lora& l, const LoraItem* items, int64_t count, bool 
       const LoraPart<T> next(l, items[i + 1], down);
       ahead = {next.weights, next.stride};
     }
-    int64_t row = part.group.begin;
-    for (; row + 4 <= part.group.end; row += 4, ahead.weights = nullptr) {
-      pass(std::integral_constant<int, 4>(), items[i], part, row, ahead);
-    }
-    for (; row < part.group.end; ++row, ahead.weights = nullptr) {
-      pass(std::integral_constant<int, 1>(), items[i], part, row, ahead);
-    }
+    in_blocks<4>(part.group.begin, part.group.end, [&](auto rows, int64_t row) {
+      pass(rows, items[i], part, row, ahead);
+      ahead.weights = nullptr;
+    });
   }
 }
 
@@ -205,11 +215,11 @@ void lora_down(const Lora& l, int64_t begin, int64_t end) {
                  X* hidden[M];
                  for (int m = 0; m < M; ++m) {
                    x[m] = static_cast<const X*>(l.x) + l.rows[row + m] * l.x_stride;
-                   hidden[m] = static_cast<X*>(l.hidden) + (item.module * l.m + l.rows[row + m]) * l.ranks + item.first;
+                   hidden[m] = hidden_of<X>(l, item, row + m) + item.first;
                  }
-                 int64_t rank = 0;
-                 for (; rank + R <= part.count; rank += R) dot_ranks<Math, M, R>(x, part.weights, hidden, rank, l.k, ahead);
-                 for (; rank < part.count; ++rank) dot_ranks<Math, M, 1>(x, part.weights, hidden, rank, l.k, ahead);
+                 in_blocks<R>(0, part.count, [&](auto ranks, int64_t rank) {
+                   dot_ranks<Math, M, decltype(ranks)::value>(x, part.weights, hidden, rank, l.k, ahead);
+                 });
                });
 }
 
@@ -223,12 +233,11 @@ void lora_up(const Lora& l, int64_t begin, int64_t end) {
                  const X* hidden[M];
                  float* y[M];
                  for (int m = 0; m < M; ++m) {
-                   hidden[m] = static_cast<const X*>(l.hidden) + (item.module * l.m + l.rows[row + m]) * l.ranks;
+                   hidden[m] = hidden_of<X>(l, item, row + m);
                    y[m] = l.y + l.rows[row + m] * l.n + part.module.column + item.first;
                  }
-                 const int64_t n = part.module.n, ranks = part.group.rank;
-                 int64_t rank = 0;
-                 for (; rank + 8 <= ranks; rank += 8) add_ranks<Math, M, 8>(hidden, part.weights, y, rank, part.count, n, ahead);
-                 for (; rank < ranks; ++rank) add_ranks<Math, M, 1>(hidden, part.weights, y, rank, part.count, n, ahead);
+                 in_blocks<8>(0, part.group.rank, [&](auto ranks, int64_t rank) {
+                   add_ranks<Math, M, decltype(ranks)::value>(hidden, part.weights, y, rank, part.count, part.stride, ahead);
+                 });
                });
 }
