@@ -19,11 +19,11 @@ from jaxlora import kv_cache, lora, native
 from jaxlora.config import ModelConfig
 from jaxlora.kv_cache import Rows
 from jaxlora.lora import Bank, BankLayout, RowAdapters
-from jaxlora.model import GATE_UP, QKV, Linears, PlainLinears, rms_norm
-from jaxlora.weights import Packing, PlainPacking
+from jaxlora.model import GATE_UP, QKV, Attend, Elements, Linears, PlainElements, PlainLinears, heads
+from jaxlora.weights import Layer, Packing, PlainPacking
 
 
-class Backend(Protocol):
+class Backend(Elements, Protocol):
     """The parts of a step that differ between machines."""
 
     packing: Packing
@@ -52,20 +52,19 @@ class Backend(Protocol):
     def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
         """The model's linear layers with the adapter of bank slot `row_slots[b]` (int32 `[B]`, -1: none) applied to row b."""
 
-    def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
-        """As `jaxlora.model.rms_norm`."""
-
     def argmax_logsumexp(self, logits: Array) -> tuple[Array, Array]:
         """The first largest of each row of `[B, V]`, and the logarithm of its summed exponentials."""
 
-    def attend(
-        self, q: Array, k: Array, v: Array, k_cache: Array, v_cache: Array, rows: Rows, window: int
-    ) -> tuple[Array, Array, Array]:
-        """Stores k and v `[B, T, K, C]` in the caches, attends q `[B, T, H, C]`; returns the result and the caches."""
+    def attend(self, config: ModelConfig, rotation: tuple[Array, Array], rows: Rows) -> Attend:
+        """Attention of a step: stores new keys and values in a layer's caches, a pair of `[S, K, L, C]`, and attends over them.
+
+        Arguments:
+            rotation: cosines and sines of every position, `[positions, C / 2]`.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
-class XlaBackend:
+class XlaBackend(PlainElements):
     """Plain JAX. One batch size, since XLA may add up in another order for another shape."""
 
     packing = PlainPacking()
@@ -98,17 +97,18 @@ class XlaBackend:
     def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
         return PlainLinears(config, RowAdapters(layout, bank, row_slots))
 
-    def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
-        return rms_norm(x, scale, eps)
-
     def argmax_logsumexp(self, logits: Array) -> tuple[Array, Array]:
         return native.twin_argmax_logsumexp(logits)
 
-    def attend(
-        self, q: Array, k: Array, v: Array, k_cache: Array, v_cache: Array, rows: Rows, window: int
-    ) -> tuple[Array, Array, Array]:
-        k_cache, v_cache = kv_cache.write(k_cache, k, rows), kv_cache.write(v_cache, v, rows)
-        return kv_cache.attend(q, k_cache, v_cache, rows, window), k_cache, v_cache
+    def attend(self, config: ModelConfig, rotation: tuple[Array, Array], rows: Rows) -> Attend:
+        def attend(layer: Layer, caches: tuple[Array, Array], qkv: tuple[Array, ...], window: int) -> tuple[Array, tuple[Array, Array]]:
+            positions = rows.positions(qkv[0].shape[1])
+            turned = tuple(jnp.take(table, positions, axis=0, mode="clip")[:, :, None] for table in rotation)
+            q, k, v = heads(config, layer, qkv, turned)
+            k_cache, v_cache = kv_cache.write(caches[0], k, rows), kv_cache.write(caches[1], v, rows)
+            return kv_cache.attend(q, k_cache, v_cache, rows, window).reshape(*q.shape[:2], -1), (k_cache, v_cache)
+
+        return attend
 
 
 @struct.dataclass
@@ -126,7 +126,7 @@ class PackedDense:
 
 @dataclasses.dataclass(frozen=True)
 class NativeLinears:
-    """Implements `jaxlora.model.Linears`: one product for a group, then the adapters of all its modules."""
+    """Implements `jaxlora.model.Linears`: one product for a group, then the adapters of all its modules; results side by side."""
 
     layout: BankLayout
     bank: Bank
@@ -140,15 +140,14 @@ class NativeLinears:
         rows = x.reshape(-1, x.shape[-1])
         spans = [self.layout.by_name.get(name) for name in names]
         y = group(rows)
-        if None in spans:  # the output layer, whose adapters the bank need not have
-            return (y.reshape(*x.shape[:-1], -1),)
-        ends = np.cumsum([span.out_features for span in spans]).tolist()
-        modules = tuple(
-            native.LoraModule(span.a_offset, span.b_offset, end - span.out_features, span.out_features) for span, end in zip(spans, ends)
-        )
-        slots = jnp.repeat(self.row_slots, rows.shape[0] // self.row_slots.shape[0])
-        y = native.Kernels.lora(y, rows, self.bank.data, own, slots, self.bank.ranks, modules=modules, max_rank=self.layout.max_rank)
-        return tuple(jnp.split(y.reshape(*x.shape[:-1], -1), ends[:-1], axis=-1))
+        if None not in spans:  # the output layer, whose adapters the bank need not have
+            ends = np.cumsum([span.out_features for span in spans]).tolist()
+            modules = tuple(
+                native.LoraModule(span.a_offset, span.b_offset, end - span.out_features, span.out_features) for span, end in zip(spans, ends)
+            )
+            slots = jnp.repeat(self.row_slots, rows.shape[0] // self.row_slots.shape[0])
+            y = native.Kernels.lora(y, rows, self.bank.data, own, slots, self.bank.ranks, modules=modules, max_rank=self.layout.max_rank)
+        return (y.reshape(*x.shape[:-1], -1),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,15 +214,25 @@ class NativeBackend:
     def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
         return native.Kernels.rms_norm(x, scale, eps)
 
+    def add_norm(self, x: Array, more: Array, scale: Array, eps: float) -> tuple[Array, Array]:
+        return native.Kernels.add_norm(x, more, scale, eps)
+
+    def swiglu(self, gate_up: tuple[Array]) -> Array:
+        return native.Kernels.swiglu(*gate_up)
+
     def argmax_logsumexp(self, logits: Array) -> tuple[Array, Array]:
         return native.Kernels.argmax_logsumexp(logits)
 
-    def attend(
-        self, q: Array, k: Array, v: Array, k_cache: Array, v_cache: Array, rows: Rows, window: int
-    ) -> tuple[Array, Array, Array]:
-        return native.Kernels.attention(
-            q, k, v, k_cache, v_cache, rows.starts, rows.lengths, rows.slots, scale=q.shape[-1] ** -0.5, window=window
-        )
+    def attend(self, config: ModelConfig, rotation: tuple[Array, Array], rows: Rows) -> Attend:
+        options = dict(scale=config.head_dim**-0.5, eps=config.rms_norm_eps)
+
+        def attend(layer: Layer, caches: tuple[Array, Array], qkv: tuple[Array], window: int) -> tuple[Array, tuple[Array, Array]]:
+            norms = (layer.q_norm, layer.k_norm) if config.qk_norm else None
+            where = rows.starts, rows.lengths, rows.slots
+            out, *caches = native.Kernels.attention(*qkv, rotation, norms, *caches, *where, window=window, **options)
+            return out.reshape(*out.shape[:2], -1), tuple(caches)
+
+        return attend
 
 
 @functools.cache

@@ -15,13 +15,10 @@ from jax import Array
 from jaxlora.config import OUTPUT_LAYER, ModelConfig, Rope
 from jaxlora.weights import Layer, Weights
 
-# attend(cache of the layer, q [B,T,H,C], k [B,T,K,C], v [B,T,K,C], window) -> [B,T,H,C] and the cache; the rotation has been applied.
-Attend = Callable[[Any, Array, Array, Array, int], tuple[Array, Any]]
+# attend(the layer, its cache, what the linear layers QKV gave, window) -> [B,T,H*C] and the cache. Norms and rotates as `heads`.
+Attend = Callable[[Layer, Any, tuple[Array, ...], int], tuple[Array, Any]]
 # attend(q, k, v, window, segments), as `attend_whole`.
 AttendWhole = Callable[[Array, Array, Array, int, Array | None], Array]
-
-# norm(x [..., n], scale [n], epsilon) -> [..., n], as `rms_norm`.
-Norm = Callable[[Array, Array, float], Array]
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
@@ -35,7 +32,35 @@ class Linears(Protocol):
         shapes and static values are traced once."""
 
     def __call__(self, dense: Mapping[str, Any], own: Any, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:
-        """`[..., out]` for each of the linear layers, which share x `[..., in]`; `dense` are the weights, as `Layer.linears` has them."""
+        """`[..., out]` for each of the linear layers, which share x `[..., in]`, or one array that holds them side by side; `dense` are
+        the weights, as `Layer.linears` has them."""
+
+
+class Elements(Protocol):
+    """What a step computes between its linear layers, from their results as they come."""
+
+    def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
+        """As `rms_norm`."""
+
+    def add_norm(self, x: Array, more: Array, scale: Array, eps: float) -> tuple[Array, Array]:
+        """x + more, and its `rms_norm`."""
+
+    def swiglu(self, gate_up: tuple[Array, ...]) -> Array:
+        """silu(gate) * up `[..., n]` (Shazeer 2020), of what the linear layers GATE_UP gave."""
+
+
+class PlainElements:
+    """Implements `Elements` in plain JAX."""
+
+    def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
+        return rms_norm(x, scale, eps)
+
+    def add_norm(self, x: Array, more: Array, scale: Array, eps: float) -> tuple[Array, Array]:
+        return x + more, rms_norm(x + more, scale, eps)
+
+    def swiglu(self, gate_up: tuple[Array, ...]) -> Array:
+        gate, up = gate_up
+        return jax.nn.silu(gate) * up
 
 
 class Adapters(Protocol):
@@ -70,16 +95,14 @@ def forward(
     config: ModelConfig,
     weights: Weights,
     tokens: Array,
-    turned: tuple[Array, Array],
     attend: Attend,
     linears: Linears,
-    norm: Norm,
+    elements: Elements,
     caches: Sequence[Any] = (),
     embedded: Callable[[Array], Array] = lambda x: x,
     remat: bool = False,
 ) -> tuple[Array, list[Any]]:
-    """Hidden states after the final norm, `[B, T, D]`, for `tokens` int32 `[B, T]`, whose positions have the `rotation` that `turned` gives;
-    and the caches as `attend` left them.
+    """Hidden states after the final norm, `[B, T, D]`, for `tokens` int32 `[B, T]`, and the caches as `attend` left them.
 
     The layers are unrolled, since a scan over stacked weights would copy them at every step on CPUs. Python traces one layer of a kind
     only: XLA inlines the calls.
@@ -89,21 +112,15 @@ def forward(
         embedded: what becomes of the embedded tokens `[B, T, D]` before the first layer.
         remat: a gradient keeps the input of each layer only, and computes the layer again.
     """
-    batch, length = tokens.shape
-    cos, sin = turned
+    eps = config.rms_norm_eps
 
     @functools.partial(jax.jit, static_argnames="window")
     def decoder_layer(layer: Layer, own: Any, cache: Any, x: Array, *, window: int) -> tuple[Array, Any]:
-        h = norm(x, layer.input_norm, config.rms_norm_eps)
-        q, k, v = (y.reshape(batch, length, -1, config.head_dim) for y in linears(layer.linears, own, QKV, h))
-        if config.qk_norm:
-            q = norm(q, layer.q_norm, config.rms_norm_eps)
-            k = norm(k, layer.k_norm, config.rms_norm_eps)
-        attended, cache = attend(cache, rotate(q, cos, sin), rotate(k, cos, sin), v, window)
-        (attended,) = linears(layer.linears, own, ("o_proj",), attended.astype(x.dtype).reshape(batch, length, -1))
-        x = x + attended
-        gate, up = linears(layer.linears, own, GATE_UP, norm(x, layer.post_norm, config.rms_norm_eps))
-        (down,) = linears(layer.linears, own, ("down_proj",), jax.nn.silu(gate) * up)
+        qkv = linears(layer.linears, own, QKV, elements.rms_norm(x, layer.input_norm, eps))
+        attended, cache = attend(layer, cache, qkv, window)
+        (attended,) = linears(layer.linears, own, ("o_proj",), attended.astype(x.dtype))
+        x, h = elements.add_norm(x, attended, layer.post_norm, eps)
+        (down,) = linears(layer.linears, own, ("down_proj",), elements.swiglu(linears(layer.linears, own, GATE_UP, h)))
         return x + down, cache
 
     x = embedded(weights.embed[tokens].astype(weights.final_norm.dtype))
@@ -111,7 +128,7 @@ def forward(
     for index, layer in enumerate(weights.layers):
         run = functools.partial(decoder_layer, window=config.windows[index])
         x, after[index] = (jax.checkpoint(run) if remat else run)(layer, linears.own(index), after[index], x)
-    return norm(x, weights.final_norm, config.rms_norm_eps), after
+    return elements.rms_norm(x, weights.final_norm, eps), after
 
 
 def project(weights: Weights, linears: Linears, hidden: Array) -> Array:
@@ -151,17 +168,27 @@ def hidden_states(
     """
     # A table, made once: XLA on CPUs would compute cosines and sines wherever a layer uses them.
     with jax.ensure_compile_time_eval():
-        turned = rotation(config.rope, config.head_dim, jnp.arange(tokens.shape[1])[None])
+        turned = rotation(config.rope, config.head_dim, jnp.arange(tokens.shape[1]))
     if segments is not None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
         positions = positions - jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
-        turned = tuple(part[0][positions] for part in turned)
+        turned = tuple(part[positions] for part in turned)
+    turned = tuple(part[..., None, :] for part in turned)
 
-    def attend(cache: None, q: Array, k: Array, v: Array, window: int) -> tuple[Array, None]:
-        return (attend_all or attend_whole)(q, k, v, window, segments), cache
+    def attend(layer: Layer, cache: None, qkv: tuple[Array, ...], window: int) -> tuple[Array, None]:
+        return (attend_all or attend_whole)(*heads(config, layer, qkv, turned), window, segments).reshape(*tokens.shape, -1), cache
 
-    return forward(config, weights, tokens, turned, attend, linears, rms_norm, embedded=embedded, remat=remat)[0]
+    return forward(config, weights, tokens, attend, linears, PlainElements(), embedded=embedded, remat=remat)[0]
+
+
+def heads(config: ModelConfig, layer: Layer, qkv: tuple[Array, ...], turned: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    """q `[B,T,H,C]`, k and v `[B,T,K,C]` as attention takes them, from `[B,T,H*C]` and twice `[B,T,K*C]`: normalized, where the model does
+    that, and turned by the `rotation` of their positions."""
+    q, k, v = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in qkv)
+    if config.qk_norm:
+        q, k = rms_norm(q, layer.q_norm, config.rms_norm_eps), rms_norm(k, layer.k_norm, config.rms_norm_eps)
+    return rotate(q, *turned), rotate(k, *turned), v
 
 
 def attend_whole(q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:
@@ -188,13 +215,13 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 
 def rotation(rope: Rope, head_dim: int, positions: Array) -> tuple[Array, Array]:
-    """Cosines and sines float32 `[B, T, 1, head_dim / 2]` of the rotary embedding (Su et al. 2021)."""
+    """Cosines and sines float32 `[..., head_dim / 2]` of the rotary embedding (Su et al. 2021), for positions `[...]`."""
     angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(rope, head_dim)
-    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates `x [B, T, heads, head_dim]`; the two halves of a head form the pairs, as in Hugging Face checkpoints."""
+    """Rotates `x [B, T, heads, head_dim]` by cosines and sines that fit `[B, T, heads, head_dim / 2]`; the two halves of a head form the pairs, as in Hugging Face checkpoints."""
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -59,11 +59,10 @@ def score(
     @jax.jit
     def scored(loaded: weights.Weights, cache: KVCache, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = Rows(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), jnp.full(1, CHUNK, jnp.int32))
-        attend = lambda cache, q, k, v, window: (chosen.attend(q, k, v, *cache, rows, window)[0], None)
+        attend = chosen.attend(config, rotation(config.rope, config.head_dim, jnp.arange(CHUNK)), rows)
         linears = chosen.linears(config, layout, bank, jnp.full(1, -1, jnp.int32))
-        turned = rotation(config.rope, config.head_dim, rows.positions(CHUNK))
         caches = list(zip(cache.k, cache.v))
-        hidden, _ = forward(config, loaded, tokens[None], turned, attend, linears, chosen.rms_norm, caches)
+        hidden, _ = forward(config, loaded, tokens[None], attend, linears, chosen, caches)
         logits = project(loaded, linears, hidden)[0, :-1]
         losses = jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, tokens[1:, None], axis=1)[:, 0]
         return losses, jnp.argmax(logits, axis=1)

@@ -81,7 +81,7 @@ class Program:
         self.bank: Bank | None = None
         self.state: State | None = None
         # A table, since XLA on CPUs would compute the cosines and sines again for every head of every layer.
-        self._rotation = rotation(config.rope, config.head_dim, jnp.arange(sizes.max_seq_len)[None])
+        self._rotation = rotation(config.rope, config.head_dim, jnp.arange(sizes.max_seq_len))
         self._step = jax.jit(self._trace, donate_argnames="state", static_argnames="every_slot", compiler_options=backend.compiler_options or None)
         self._check = jax.jit(self._trace_guesses, donate_argnames="state", compiler_options=backend.compiler_options or None)
         # Two programs: in one, XLA would copy the whole cache, since what is read lies in what is written.
@@ -228,16 +228,10 @@ class Program:
         self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, tokens: Array, rows: Rows, adapters: Array
     ) -> tuple[Array, KVCache, Linears]:
         """Hidden states `[B, T, D]`, the cache with the new keys and values, and the linear layers that computed them."""
-        config = self.config
-
-        def attend(cache: tuple[Array, Array], q: Array, k: Array, v: Array, window: int) -> tuple[Array, tuple[Array, Array]]:
-            out, *cache = self.backend.attend(q, k, v, *cache, rows, window)
-            return out, tuple(cache)
-
-        linears = self.backend.linears(config, self.layout, bank, adapters)
-        turned = jax.tree.map(lambda table: table[0].at[rows.positions(tokens.shape[1])].get(mode="clip"), rotations)
+        linears = self.backend.linears(self.config, self.layout, bank, adapters)
+        attend = self.backend.attend(self.config, rotations, rows)
         caches = list(zip(state.cache.k, state.cache.v))
-        hidden, caches = forward(config, weights, tokens, turned, attend, linears, self.backend.rms_norm, caches)
+        hidden, caches = forward(self.config, weights, tokens, attend, linears, self.backend, caches)
         return hidden, KVCache(*zip(*caches)), linears
 
 

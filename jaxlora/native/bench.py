@@ -79,19 +79,19 @@ def bench_linear(kernels: native.Kernels, repeat: int) -> None:
 def bench_attention(kernels: native.Kernels, repeat: int) -> None:
     for rows, chunk, length in ((1, 1, 128), (16, 1, 128), (16, 1, 1500), (1, 1, 1500), (1, 128, 0), (1, 512, 0), (1, 128, 1024)):
         size = length + chunk
-        q, k, v = normal(rows, chunk, HEADS, HEAD), normal(rows, chunk, KV, HEAD), normal(rows, chunk, KV, HEAD)
+        qkv, turned = normal(rows, chunk, QKV), rotation(size)
         where = jnp.full(rows, length, jnp.int32), jnp.full(rows, chunk, jnp.int32), jnp.arange(rows, dtype=jnp.int32)
         for dtype in ("float32", "bfloat16"):
             caches = [tuple(jnp.array(jnp.zeros((rows, KV, size, HEAD), dtype)) for _ in range(2)) for _ in range(LAYERS)]
 
-            @functools.partial(jax.jit, donate_argnums=3)
-            def step(q, k, v, caches):
-                done = [kernels.attention(q, k, v, *pair, *where, scale=HEAD**-0.5) for pair in caches]
+            @functools.partial(jax.jit, donate_argnums=1)
+            def step(qkv, caches):
+                done = [kernels.attention(qkv, turned, None, *pair, *where, scale=HEAD**-0.5) for pair in caches]
                 return [out for out, _, _ in done], [tuple(pair) for _, *pair in done]
 
             def call():
                 nonlocal caches
-                out, caches = step(q, k, v, caches)
+                out, caches = step(qkv, caches)
                 return out
 
             timing = measure({dtype: call}, repeat)[dtype]
@@ -101,6 +101,11 @@ def bench_attention(kernels: native.Kernels, repeat: int) -> None:
                 f"attention {rows:2} rows of {chunk:3} at {length:4} {dtype:9} {timing}  {moved / timing.median / 1e9:6.1f} GB/s"
                 f"  {flops / timing.median / 1e9:6.1f} GFLOP/s"
             )
+
+
+def rotation(positions: int) -> tuple[np.ndarray, np.ndarray]:
+    angles = np.arange(positions, dtype=np.float32)[:, None] * np.float32(10000) ** (-np.arange(HEAD // 2, dtype=np.float32) / (HEAD // 2))
+    return np.cos(angles), np.sin(angles)
 
 
 def lora_modules(offset: int, k: int, widths: list[int]) -> tuple[tuple[native.LoraModule, ...], int]:
@@ -165,14 +170,7 @@ def bench_step(kernels: native.Kernels, repeat: int, length: int = 96) -> None:
         head = weights(kernels, (HIDDEN, VOCABULARY), dtype, 1)[0]
         embed = jnp.array(normal(VOCABULARY, HIDDEN))
         bank = jnp.array(np.broadcast_to(normal(1, bank_size), (ADAPTERS, bank_size)), dtype)
-        norm = jnp.ones(HIDDEN)
-
-        def rms_norm(x):
-            return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5) * norm
-
-        def rotate(x, cos, sin):
-            first, second = jnp.split(x, 2, axis=-1)
-            return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        norm, turned = jnp.ones(HIDDEN), rotation(2 * length)
 
         @functools.partial(jax.jit, donate_argnums=4, static_argnames="adapted")
         def step(model, head, bank, tokens, caches, starts, slots, adapted):
@@ -183,28 +181,15 @@ def bench_step(kernels: native.Kernels, repeat: int, length: int = 96) -> None:
                 start = jnp.int32(index * layer_size)
                 return kernels.lora(y, x, bank, start, slots, rank, modules=modules[name], max_rank=MAX_RANK) if adapted else y
 
-            angles = starts[:, None].astype(jnp.float32) * 10000 ** (-jnp.arange(HEAD // 2) / (HEAD // 2))
-            cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
             live, places, out = jnp.ones(rows, jnp.int32), jnp.arange(rows, dtype=jnp.int32), []
             x = embed[tokens]
             for index in range(LAYERS):
-                qkv = linear(index, "qkv", rms_norm(x)).reshape(rows, HEADS + 2 * KV, HEAD)
-                q, k, v = jnp.split(qkv, [HEADS, HEADS + KV], axis=1)
-                y, *pair = kernels.attention(
-                    rotate(q, cos, sin)[:, None],
-                    rotate(k, cos, sin)[:, None],
-                    v[:, None],
-                    *caches[index],
-                    starts,
-                    live,
-                    places,
-                    scale=HEAD**-0.5,
-                )
+                qkv = linear(index, "qkv", kernels.rms_norm(x, norm, 1e-5))[:, None]
+                y, *pair = kernels.attention(qkv, turned, None, *caches[index], starts, live, places, scale=HEAD**-0.5)
                 out.append(tuple(pair))
-                x = x + linear(index, "o", y.reshape(rows, HIDDEN))
-                gate, up = jnp.split(linear(index, "gate_up", rms_norm(x)), 2, axis=-1)
-                x = x + linear(index, "down", jax.nn.silu(gate) * up)
-            return kernels.argmax_logsumexp(kernels.linear(rms_norm(x), head))[0], out
+                x, h = kernels.add_norm(x, linear(index, "o", y.reshape(rows, HIDDEN)), norm, 1e-5)
+                x = x + linear(index, "down", kernels.swiglu(linear(index, "gate_up", h)))
+            return kernels.argmax_logsumexp(kernels.linear(kernels.rms_norm(x, norm, 1e-5), head))[0], out
 
         for rows in (1, 4, 16):
             state = {

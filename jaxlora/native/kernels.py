@@ -98,9 +98,9 @@ class Kernels:
 
     @staticmethod
     def attention(
-        q: Array,
-        k_new: Array,
-        v_new: Array,
+        qkv: Array,
+        rotation: tuple[Array, Array],
+        norms: tuple[Array, Array] | None,
         k_cache: Array,
         v_cache: Array,
         starts: Array,
@@ -109,33 +109,38 @@ class Kernels:
         *,
         scale: float,
         window: int = 0,
+        eps: float = 0.0,
     ) -> tuple[Array, Array, Array]:
-        """Stores the new keys and values, then attends causally over each row's own slot.
+        """Stores the new keys and values, then attends causally over each row's own slot; queries and keys are turned by their positions
+        before (rotary embedding), and have a root-mean-square norm before that where `norms` says so.
 
         Arguments:
-            q: float32 [b, t, heads, d].
-            k_new, v_new: float32 [b, t, kv, d].
+            qkv: float32 [b, t, (heads + 2 kv) d], queries, keys and values side by side.
+            rotation: cosines and sines by position, float32 [positions, d / 2]; the halves of a head form the pairs.
+            norms: float32 [d] each, the scales of the norms of queries and of keys.
             k_cache, v_cache: float32 or bfloat16 [slots, kv, s, d]. Updated in place where they are donated or temporary.
             starts: int32 [b], position of each row's first token.
             lengths: int32 [b], valid tokens of each row; 0 for an idle row. Other tokens store nothing and come out as zeros.
             slots: int32 [b], a different one for each row that isn't idle.
             scale: factor of the scores.
             window: how many positions a token sees, itself included; 0 for all.
+            eps: epsilon of the norms.
 
         Returns:
             float32 [b, t, heads, d] and the two caches.
 
         Raises:
-            jax.errors.JaxRuntimeError: as it runs, where a row lies outside of the cache.
+            jax.errors.JaxRuntimeError: as it runs, where a row lies outside of the cache or has no rotation.
         """
-        d = q.shape[-1]
+        _, kv, _, d = k_cache.shape
         if d % 16 or d > 256:
-            return twin_attention(q, k_new, v_new, k_cache, v_cache, starts, lengths, slots, scale=scale, window=window)
-        results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, k_cache, v_cache)]
-        call = jax.ffi.ffi_call("jaxlora_attention", results, input_output_aliases={3: 1, 4: 2})
-        out, k_cache, v_cache = call(
-            q, k_new, v_new, k_cache, v_cache, starts, lengths, slots, window=np.int64(window), scale=np.float32(scale)
-        )
+            return twin_attention(qkv, rotation, norms, k_cache, v_cache, starts, lengths, slots, scale=scale, window=window, eps=eps)
+        out = jax.ShapeDtypeStruct((*qkv.shape[:2], qkv.shape[2] // d - 2 * kv, d), jnp.float32)
+        caches = [jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in (k_cache, v_cache)]
+        call = jax.ffi.ffi_call("jaxlora_attention", [out, *caches], input_output_aliases={5: 1, 6: 2})
+        scales = norms or (np.zeros(0, np.float32),) * 2
+        numbers = dict(window=np.int64(window), scale=np.float32(scale), eps=np.float32(eps))
+        out, k_cache, v_cache = call(qkv, *rotation, *scales, k_cache, v_cache, starts, lengths, slots, **numbers)
         return out, k_cache, v_cache
 
     @staticmethod
@@ -188,6 +193,22 @@ class Kernels:
         rows = x.reshape(-1, x.shape[-1])
         call = jax.ffi.ffi_call("jaxlora_rms_norm", jax.ShapeDtypeStruct(rows.shape, jnp.float32))
         return call(rows, scale, eps=np.float32(eps)).reshape(x.shape)
+
+    @staticmethod
+    def add_norm(x: Array, more: Array, scale: Array, eps: float) -> tuple[Array, Array]:
+        """float32 [..., n] twice: x + more, and the `rms_norm` of that. The sum takes the place of x if donated."""
+        rows = [a.reshape(-1, x.shape[-1]) for a in (x, more)]
+        results = [jax.ShapeDtypeStruct(rows[0].shape, jnp.float32)] * 2
+        call = jax.ffi.ffi_call("jaxlora_add_norm", results, input_output_aliases={0: 0})
+        total, y = call(*rows, scale, eps=np.float32(eps))
+        return total.reshape(x.shape), y.reshape(x.shape)
+
+    @staticmethod
+    def swiglu(x: Array) -> Array:
+        """float32 [..., n]: silu(gate) * up, of gate and up side by side in float32 x [..., 2 n] (Shazeer 2020)."""
+        rows = x.reshape(-1, x.shape[-1])
+        call = jax.ffi.ffi_call("jaxlora_swiglu", jax.ShapeDtypeStruct((rows.shape[0], rows.shape[1] // 2), jnp.float32))
+        return call(rows).reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def argmax_logsumexp(logits: Array) -> tuple[Array, Array]:

@@ -12,7 +12,9 @@ from jax import Array
 
 from jaxlora.native.gradients import adapted_linear, causal_attention
 from jaxlora.native.kernels import Kernels, LoraModule, pack_linear
-from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_linear, twin_lora, twin_rms_norm
+from jaxlora.native.twins import (
+    twin_add_norm, twin_argmax_logsumexp, twin_attention, twin_linear, twin_lora, twin_rms_norm, twin_swiglu,
+)  # fmt: skip
 
 
 def wrong_results(kernels: Kernels) -> list[str]:
@@ -46,9 +48,11 @@ def _linear(dtype: str, kernels: Kernels) -> bool:
 
 def _attention(dtype: str, kernels: Kernels) -> bool:
     caches = [jnp.asarray(_normal(2, 2, 200, 64) + i, dtype) for i in range(2)]
-    new = _normal(2, 20, 6, 64), _normal(2, 20, 2, 64), _normal(2, 20, 2, 64) * 2
+    angles = _normal(200, 32)
+    new = _normal(2, 20, 10 * 64), (np.cos(angles), np.sin(angles)), (_normal(64), _normal(64) + 1)
     rest = jnp.int32([150, 0]), jnp.int32([20, 1]), jnp.int32([1, 0])
-    return _close(*(attention(*new, *caches, *rest, scale=0.125, window=60) for attention in (kernels.attention, twin_attention)))
+    options = dict(scale=0.125, window=60, eps=1e-5)
+    return _close(*(attention(*new, *caches, *rest, **options) for attention in (kernels.attention, twin_attention)))
 
 
 def _lora(dtype: str, kernels: Kernels) -> bool:
@@ -104,12 +108,19 @@ def _summary(kernels: Kernels) -> bool:
 
 
 def _norm(kernels: Kernels) -> bool:
-    x, scale = _normal(3, 70), _normal(70)
-    return _close(kernels.rms_norm(x, scale, 1e-5), twin_rms_norm(x, scale, 1e-5))
+    x, more, scale = _normal(3, 70), _normal(3, 70) + 1, _normal(70)
+    alone = kernels.rms_norm(x, scale, 1e-5), twin_rms_norm(x, scale, 1e-5)
+    added = kernels.add_norm(x, more, scale, 1e-5), twin_add_norm(x, more, scale, 1e-5)
+    return _close(*alone) and _close(*added)
+
+
+def _gate(kernels: Kernels) -> bool:
+    x = _normal(3, 140) * 4
+    return _close(kernels.swiglu(x), twin_swiglu(x))
 
 
 _CHECKS = {
     f"{name} in {dtype}": functools.partial(check, dtype)
     for name, check in (("linear", _linear), ("attention", _attention), ("lora", _lora))
     for dtype in ("float32", "bfloat16")
-} | {"causal_attention": _causal, "adapted_linear": _adapted, "argmax_logsumexp": _summary, "rms_norm": _norm}
+} | {"causal_attention": _causal, "adapted_linear": _adapted, "argmax_logsumexp": _summary, "norms": _norm, "swiglu": _gate}

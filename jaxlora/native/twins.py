@@ -14,9 +14,9 @@ def twin_linear(x: Array, w: Array) -> Array:
 
 
 def twin_attention(
-    q: Array,
-    k_new: Array,
-    v_new: Array,
+    qkv: Array,
+    rotation: tuple[Array, Array],
+    norms: tuple[Array, Array] | None,
     k_cache: Array,
     v_cache: Array,
     starts: Array,
@@ -25,13 +25,19 @@ def twin_attention(
     *,
     scale: float,
     window: int = 0,
+    eps: float = 0.0,
 ) -> tuple[Array, Array, Array]:
     """As `Kernels.attention`."""
-    batch, chunk, heads, _ = q.shape
-    kv, size = k_cache.shape[1:3]
+    batch, chunk, width = qkv.shape
+    _, kv, size, d = k_cache.shape
+    heads = width // d - 2 * kv
     tokens = jnp.arange(chunk)
     valid = tokens < lengths[:, None]  # [b, t]
     positions = starts[:, None] + tokens
+    q, k_new, v_new = jnp.split(qkv.reshape(batch, chunk, -1, d), [heads, heads + kv], axis=2)
+    q, k_new = (twin_rms_norm(x, scale, eps) for x, scale in zip((q, k_new), norms)) if norms else (q, k_new)
+    cos, sin = (jnp.take(table, positions, axis=0, mode="clip")[:, :, None] for table in rotation)
+    q, k_new = (_rotate(x, cos, sin) for x in (q, k_new))
     # Idle rows and tokens write outside of the cache, which `drop` ignores.
     at = (slots[:, None, None], jnp.arange(kv)[None, None, :], jnp.where(valid, positions, size)[:, :, None])
     k_cache = k_cache.at[at].set(k_new.astype(k_cache.dtype), mode="drop")
@@ -49,6 +55,11 @@ def twin_attention(
     values = jnp.where((where < (starts + lengths)[:, None])[:, None, :, None], values, 0)
     out = jnp.einsum("btkgs,bksd->btkgd", weights, values, precision="highest").reshape(q.shape)
     return jnp.where(valid[:, :, None, None], out, 0), k_cache, v_cache
+
+
+def _rotate(x: Array, cos: Array, sin: Array) -> Array:
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def twin_lora(
@@ -76,6 +87,17 @@ def twin_lora(
 def twin_rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """As `Kernels.rms_norm`."""
     return scale * (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps))
+
+
+def twin_add_norm(x: Array, more: Array, scale: Array, eps: float) -> tuple[Array, Array]:
+    """As `Kernels.add_norm`."""
+    return x + more, twin_rms_norm(x + more, scale, eps)
+
+
+def twin_swiglu(x: Array) -> Array:
+    """As `Kernels.swiglu`."""
+    gate, up = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(gate) * up
 
 
 def twin_argmax_logsumexp(logits: Array) -> tuple[Array, Array]:

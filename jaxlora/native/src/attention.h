@@ -92,10 +92,14 @@ class QueryTile {
  public:
   explicit QueryTile(Workspace& w) : vectors_(w.vectors), weights_(w.weights), out_(w.out), keys_(w.keys), values_(w.values) {}
 
-  void push(const float* q, float scale, int64_t d, int64_t low, int64_t high) {
+  // Where the vector of the query that `push` adds next belongs.
+  float* vector(int64_t d) { return vectors_ + count_ * d; }
+
+  void push(float scale, int64_t d, int64_t low, int64_t high) {
+    float* q = vector(d);
     Vec factor = fill(scale * 1.44269504f);
     for (int64_t c = 0; c < d; c += kWidth) {
-      store(vectors_ + count_ * d + c, mul(load(q + c), factor));
+      store(q + c, mul(load(q + c), factor));
       store(out_ + count_ * d + c, zero());
     }
     queries_[count_++] = {low, high, kMasked, zero()};
@@ -200,6 +204,22 @@ class QueryTile {
   float *const vectors_, *const weights_, *const out_, *const keys_, *const values_;
 };
 
+// A query or key [d] as attention takes it: its norm, where `norm` has scales, turned by its position (Su et al. 2021). The halves of
+// a head form the pairs.
+INLINE void turn(const Attention& a, const float* x, const float* norm, int64_t position, float* y) {
+  alignas(64) float normal[kMaxHead];
+  if (norm) {
+    normalize(x, norm, a.eps, normal, a.d);
+    x = normal;
+  }
+  const int64_t half = a.d / 2;
+  const float *cos = a.cos + position * half, *sin = a.sin + position * half;
+  for (int64_t c = 0; c < half; ++c) {
+    y[c] = x[c] * cos[c] - x[half + c] * sin[c];
+    y[half + c] = x[half + c] * cos[c] + x[c] * sin[c];
+  }
+}
+
 template <typename Cache>
 void attend(const Attention& a, int64_t begin, int64_t end) {
   thread_local Workspace workspace;  // too much for the stack of a thread that is not ours
@@ -218,6 +238,9 @@ void attend(const Attention& a, int64_t begin, int64_t end) {
       after_keys = keys + head_of(b + 1, 0);
     }
     auto at = [&](int64_t token, int64_t head) { return ((b * a.t + token) * a.heads + kv * group + head) * a.d; };
+    auto query = [&](int64_t token, int64_t head) {
+      return a.qkv + ((b * a.t + token) * (a.heads + 2 * a.kv) + kv * group + head) * a.d;
+    };
     const int64_t queries = valid > first_token ? (valid - first_token) * group : 0;
     for (int64_t i = 0; i < queries; i += kTileQueries) {
       const int64_t next = i + kTileQueries < queries ? i + kTileQueries : queries;
@@ -225,7 +248,8 @@ void attend(const Attention& a, int64_t begin, int64_t end) {
       for (int64_t j = i; j < next; ++j) {
         const int64_t token = first_token + j / group, position = a.starts[b] + token;
         const int64_t low = a.window && position >= a.window ? position - a.window + 1 : 0;
-        tile.push(a.q + at(token, j % group), a.scale, a.d, low, position);
+        turn(a, query(token, j % group), a.q_norm, position, tile.vector(a.d));
+        tile.push(a.scale, a.d, low, position);
       }
       tile.attend(keys + cache, values + cache, a.s, a.d, next < queries ? nullptr : after_keys);
       for (int64_t j = i; j < next; ++j)
@@ -244,9 +268,12 @@ void store_new(const Attention& a, int64_t begin, int64_t end) {
     Cache* keys = static_cast<Cache*>(a.k_cache) + ((a.slots[b] * a.kv + kv) * a.s + a.starts[b]) * a.d;
     Cache* values = static_cast<Cache*>(a.v_cache) + ((a.slots[b] * a.kv + kv) * a.s + a.starts[b]) * a.d;
     for (int64_t token = 0; token < a.lengths[b]; ++token) {
-      const int64_t from = ((b * a.t + token) * a.kv + kv) * a.d, to = token * a.d;
-      for (int64_t c = 0; c < a.d; ++c) store_value(keys + to + c, a.k_new[from + c]);
-      for (int64_t c = 0; c < a.d; ++c) store_value(values + to + c, a.v_new[from + c]);
+      const float* key = a.qkv + ((b * a.t + token) * (a.heads + 2 * a.kv) + a.heads + kv) * a.d;
+      const float* value = key + a.kv * a.d;
+      alignas(64) float turned[kMaxHead];
+      turn(a, key, a.k_norm, a.starts[b] + token, turned);
+      for (int64_t c = 0; c < a.d; ++c) store_value(keys + token * a.d + c, turned[c]);
+      for (int64_t c = 0; c < a.d; ++c) store_value(values + token * a.d + c, value[c]);
     }
   }
 }

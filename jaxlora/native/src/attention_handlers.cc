@@ -10,17 +10,23 @@ bool same(ffi::Span<const int64_t> a, ffi::Span<const int64_t> b) {
   return std::equal(a.begin(), a.end(), b.begin(), b.end());
 }
 
-ffi::Error attention(F32 q, F32 k_new, F32 v_new, ffi::AnyBuffer k_cache, ffi::AnyBuffer v_cache, S32 starts, S32 lengths,
-                     S32 slots, ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> k_result,
-                     ffi::Result<ffi::AnyBuffer> v_result, int64_t window, float scale) {
-  const auto qs = q.dimensions(), ns = k_new.dimensions(), cs = k_cache.dimensions();
-  if (qs.size() != 4 || ns.size() != 4 || cs.size() != 4)
-    return bad("attention takes q [b, t, h, d] and caches [slots, kv, s, d]");
+ffi::Error attention(F32 qkv, F32 cos, F32 sin, F32 q_norm, F32 k_norm, ffi::AnyBuffer k_cache, ffi::AnyBuffer v_cache, S32 starts,
+                     S32 lengths, S32 slots, F32Result out, ffi::Result<ffi::AnyBuffer> k_result,
+                     ffi::Result<ffi::AnyBuffer> v_result, int64_t window, float scale, float eps) {
+  const auto xs = qkv.dimensions(), ts = cos.dimensions(), cs = k_cache.dimensions();
+  if (xs.size() != 3 || ts.size() != 2 || cs.size() != 4) {
+    return bad("attention takes qkv [b, t, (h + 2 kv) d], cos and sin [positions, d / 2], and caches [slots, kv, s, d]");
+  }
   Attention a{};
-  a.b = qs[0], a.t = qs[1], a.heads = qs[2], a.d = qs[3], a.kv = ns[2], a.s = cs[2];
-  if (ns[0] != a.b || ns[1] != a.t || ns[3] != a.d || cs[1] != a.kv || cs[3] != a.d || a.kv == 0 || a.heads % a.kv ||
-      !same(v_new.dimensions(), ns) || !same(v_cache.dimensions(), cs) || a.d % 16 || a.d > kMaxHead) {
+  a.b = xs[0], a.t = xs[1], a.d = cs[3], a.kv = cs[1], a.s = cs[2];
+  a.heads = a.d == 0 ? 0 : xs[2] / a.d - 2 * a.kv;
+  if (a.kv == 0 || a.d % 16 || a.d > kMaxHead || xs[2] != (a.heads + 2 * a.kv) * a.d || a.heads <= 0 || a.heads % a.kv ||
+      !same(v_cache.dimensions(), cs) || ts[1] != a.d / 2 || !same(sin.dimensions(), ts)) {
     return bad("shapes of queries, keys, values and caches do not fit");
+  }
+  const auto scales = static_cast<size_t>(a.d);
+  if (q_norm.element_count() != k_norm.element_count() || (q_norm.element_count() != 0 && q_norm.element_count() != scales)) {
+    return bad("the norms of queries and keys take one scale a value of a head, or none at all");
   }
   if (starts.element_count() != static_cast<size_t>(a.b) || lengths.element_count() != starts.element_count() ||
       slots.element_count() != starts.element_count()) {
@@ -33,15 +39,16 @@ ffi::Error attention(F32 q, F32 k_new, F32 v_new, ffi::AnyBuffer k_cache, ffi::A
   if ((!bf16 && k_cache.element_type() != ffi::F32) || v_cache.element_type() != k_cache.element_type()) {
     return bad("caches are float32 or bfloat16");
   }
-  a.q = q.typed_data(), a.k_new = k_new.typed_data(), a.v_new = v_new.typed_data(), a.out = out->typed_data();
+  a.qkv = qkv.typed_data(), a.cos = cos.typed_data(), a.sin = sin.typed_data(), a.out = out->typed_data();
+  if (q_norm.element_count() != 0) a.q_norm = q_norm.typed_data(), a.k_norm = k_norm.typed_data();
   a.k_cache = k_cache.untyped_data(), a.v_cache = v_cache.untyped_data();
   a.starts = starts.typed_data(), a.lengths = lengths.typed_data(), a.slots = slots.typed_data();
-  a.window = window, a.scale = scale;
+  a.window = window, a.scale = scale, a.eps = eps;
   int64_t tokens = 0;
   for (int64_t b = 0; b < a.b; ++b) {
     if (a.lengths[b] <= 0) continue;
     tokens += a.lengths[b];
-    if (a.lengths[b] > a.t || a.starts[b] < 0 || a.starts[b] + a.lengths[b] > a.s || a.slots[b] < 0 || a.slots[b] >= cs[0]) {
+    if (a.lengths[b] > a.t || a.starts[b] < 0 || a.starts[b] + a.lengths[b] > std::min(a.s, ts[0]) || a.slots[b] < 0 || a.slots[b] >= cs[0]) {
       return bad("row " + std::to_string(b) + " lies outside of the cache");
     }
   }
@@ -100,9 +107,11 @@ ffi::Error causal_gradient(F32 q, F32 k, F32 v, S32 segments, F32 d_out, F32Resu
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_attention, attention,
                               Ffi::Bind()
-                                  .Arg<F32>()             // q
-                                  .Arg<F32>()             // k_new
-                                  .Arg<F32>()             // v_new
+                                  .Arg<F32>()             // qkv
+                                  .Arg<F32>()             // cos
+                                  .Arg<F32>()             // sin
+                                  .Arg<F32>()             // q_norm
+                                  .Arg<F32>()             // k_norm
                                   .Arg<ffi::AnyBuffer>()  // k_cache
                                   .Arg<ffi::AnyBuffer>()  // v_cache
                                   .Arg<S32>()             // starts
@@ -112,7 +121,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_attention, attention,
                                   .Ret<ffi::AnyBuffer>()  // k_cache
                                   .Ret<ffi::AnyBuffer>()  // v_cache
                                   .Attr<int64_t>("window")
-                                  .Attr<float>("scale"));
+                                  .Attr<float>("scale")
+                                  .Attr<float>("eps"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_causal, causal,
                               Ffi::Bind()
                                   .Arg<F32>()  // q

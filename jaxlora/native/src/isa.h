@@ -14,12 +14,13 @@ namespace {
 #include "simd.h"
 #include "linear.h"
 #include "halves.h"
+#include "norm.h"
 #include "attention.h"
 #include "causal.h"
 #include "adapted.h"
 #include "lora.h"
 #include "logits.h"
-#include "norm.h"
+#include "swiglu.h"
 
 }  // namespace
 }  // namespace JAXLORA_ISA
@@ -43,6 +44,6 @@ namespace {
    JAXLORA_ISA::lora_down<JAXLORA_ISA::Bf16Lora>,        \
    JAXLORA_ISA::lora_up<JAXLORA_ISA::WideLora<float>>,   \
    JAXLORA_ISA::lora_up<JAXLORA_ISA::Bf16Lora>,          \
-   JAXLORA_ISA::summarize, JAXLORA_ISA::rms_norm}
+   JAXLORA_ISA::summarize, JAXLORA_ISA::rms_norm, JAXLORA_ISA::add_norm, JAXLORA_ISA::swiglu}
 
 }  // namespace jaxlora

@@ -40,15 +40,17 @@ struct LinearF16 {
 };
 
 // Row t of sequence b is at position starts[b] + t and lies in cache slot slots[b]; lengths[b] of its `t` rows are valid.
-//   q, out [b, t, heads, d]; k_new, v_new [b, t, kv, d]; k_cache, v_cache [slots, kv, s, d]
+//   qkv [b, t, heads + 2 kv, d], queries, keys and values as they come out of the products; out [b, t, heads, d];
+//   k_cache, v_cache [slots, kv, s, d]; cos, sin [positions, d / 2], by which queries and keys are turned;
+//   q_norm, k_norm [d], the scales of their norms, or null
 struct Attention {
-  const float *q, *k_new, *v_new;
+  const float *qkv, *cos, *sin, *q_norm, *k_norm;
   const int32_t *starts, *lengths, *slots;
   void *k_cache, *v_cache;
   float* out;
   int64_t b, t, heads, kv, d, s;
   int64_t window;  // 0: none
-  float scale;
+  float scale, eps;
   int64_t tile;  // tokens of a tile of queries
 };
 
@@ -122,6 +124,10 @@ struct Kernels {
   void (*summarize)(const float* logits, int32_t* argmax, float* logsumexp, int64_t n, int64_t begin, int64_t end);
   // Items are rows of x [m, n].
   void (*rms_norm)(const float* x, const float* scale, float eps, float* y, int64_t n, int64_t begin, int64_t end);
+  void (*add_norm)(const float* x, const float* more, const float* scale, float eps, float* total, float* y, int64_t n, int64_t begin,
+                   int64_t end);
+  // Items are rows of y [m, n], from x [m, 2 n].
+  void (*swiglu)(const float* x, float* y, int64_t n, int64_t begin, int64_t end);
 };
 
 constexpr int64_t kRowBlock = 128;     // rows of x that are kept in the cache while every panel passes over them

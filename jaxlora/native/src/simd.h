@@ -32,6 +32,9 @@ INLINE Vec sub(Vec a, Vec b) {
 INLINE Vec mul(Vec a, Vec b) {
   return _mm512_mul_ps(a, b);
 }
+INLINE Vec div(Vec a, Vec b) {
+  return _mm512_div_ps(a, b);
+}
 INLINE Vec fma(Vec a, Vec b, Vec c) {
   return _mm512_fmadd_ps(a, b, c);
 }
@@ -43,6 +46,10 @@ INLINE Vec round_nearest(Vec a) {
 }
 INLINE Vec scale_by_power(Vec a, Vec whole) {
   return _mm512_scalef_ps(a, whole);
+}
+// Lanes of a where `test` has its sign bit set, the others of b.
+INLINE Vec where_negative(Vec test, Vec a, Vec b) {
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(test)), b, a);
 }
 // The first `count` lanes of a, the others of b.
 INLINE Vec first(int count, Vec a, Vec b) {
@@ -112,6 +119,9 @@ INLINE Vec sub(Vec a, Vec b) {
 INLINE Vec mul(Vec a, Vec b) {
   return _mm256_mul_ps(a, b);
 }
+INLINE Vec div(Vec a, Vec b) {
+  return _mm256_div_ps(a, b);
+}
 INLINE Vec fma(Vec a, Vec b, Vec c) {
   return _mm256_fmadd_ps(a, b, c);
 }
@@ -125,6 +135,9 @@ INLINE Vec scale_by_power(Vec a, Vec whole) {
   // Below the smallest normal number the result is zero; callers never pass large positive powers.
   __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_max_ps(whole, fill(-127.0f))), _mm256_set1_epi32(127));
   return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+}
+INLINE Vec where_negative(Vec test, Vec a, Vec b) {
+  return _mm256_blendv_ps(b, a, test);
 }
 INLINE Vec first(int count, Vec a, Vec b) {
   __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
