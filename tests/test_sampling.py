@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlora.engine import sampling
-from jaxlora.engine.program import neutral_sampler
+from jaxlora.engine.batch import idle_batch
 from jaxlora.native import twin_argmax_logsumexp
 
 VOCAB = 50
@@ -21,7 +21,7 @@ def logits():
 
 def run(logits, positions=None, history=None, **settings):
     rows, vocab = logits.shape
-    sampler = neutral_sampler(rows, vocab)
+    sampler = idle_batch(rows, 1, vocab).sampler
     for name, value in settings.items():
         array = getattr(sampler, name)
         if name == "banned":
@@ -144,5 +144,5 @@ def test_rows_with_numbers_that_are_none_are_told(logits):
 
 
 def test_every_row_setting_is_one_value_a_row():
-    sampler = neutral_sampler(3, VOCAB)
+    sampler = idle_batch(3, 1, VOCAB).sampler
     assert all(len(getattr(sampler, field.name)) == 3 for field in dataclasses.fields(sampler))

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlora.engine.program import Batch, Program
+from jaxlora.engine.batch import Batch
+from jaxlora.engine.program import Program
 from jaxlora.engine.sampling import Sampled
 from jaxlora.faults import Fault
 

@@ -19,8 +19,8 @@ from jax import Array
 from jaxlora.backend import Backend
 from jaxlora.config import ModelConfig
 from jaxlora.engine import sampling
-from jaxlora.engine.requests import MAX_BANNED
-from jaxlora.engine.sampling import History, Sampled, SamplerRows
+from jaxlora.engine.batch import Batch, Fields, idle_batch, in_step
+from jaxlora.engine.sampling import History, Sampled
 from jaxlora.kv_cache import KVCache, Rows
 from jaxlora.lora import Bank, BankLayout, Pair
 from jaxlora.model import Linears, forward, project, rotation
@@ -52,22 +52,6 @@ class State:
 
     cache: KVCache
     history: History
-
-
-@dataclasses.dataclass
-class Batch:
-    """The rows of one step, on the host. `tokens` int32 `[B, T]`; `slots`, `starts`, `lengths`, `adapters` int32 `[B]`; `emit` bool
-    `[B]` says which rows take the sampled token into their history. `guessed`: the tokens of a row after its first are guesses, so a token
-    is chosen at every position; greedily, and the history stays as it is."""
-
-    tokens: np.ndarray
-    slots: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    adapters: np.ndarray
-    emit: np.ndarray
-    sampler: SamplerRows
-    guessed: bool = False
 
 
 class Program:
@@ -104,7 +88,7 @@ class Program:
         position). Waits for the result."""
         step, arguments, static = self._call(batch, self.bank, self.state)
         self.state, sampled = step(*arguments, **static)
-        return jax.device_get(sampled)
+        return sampling.unpack(np.asarray(sampled), batch.guessed)
 
     def allocate(self) -> None:
         """Makes the adapter bank and the state, all that the program will ever need."""
@@ -194,44 +178,46 @@ class Program:
 
     def _call(self, batch: Batch, bank: Bank, state: State) -> tuple[Any, tuple[Any, ...], dict[str, bool]]:
         """The compiled step for a batch, and its arguments."""
-        rows = (self._weights, self._rotation, bank, state, batch.tokens, batch.slots, batch.starts, batch.lengths, batch.adapters)
+        arguments = (self._weights, self._rotation, bank, state, batch.packed)
         if batch.guessed:
-            return self._check, rows, {}
+            return self._check, arguments, {}
         every_slot = batch.tokens.shape == (self.sizes.slots, 1) and len(self.batch_sizes) == 1
-        return self._step, (*rows, batch.emit, batch.sampler), {"every_slot": every_slot}
+        return self._step, arguments, {"every_slot": every_slot}
 
     def _trace(
-        self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, tokens: Array, slots: Array, starts: Array,
-        lengths: Array, adapters: Array, emit: Array, sampler: SamplerRows, *, every_slot: bool,
-    ) -> tuple[State, Sampled]:
-        hidden, cache, linears = self._forward(weights, rotations, bank, state, tokens, Rows(slots, starts, lengths, every_slot), adapters)
+        self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, packed: Array, *, every_slot: bool
+    ) -> tuple[State, Array]:
+        batch = in_step(packed)
+        slots, starts, lengths = batch.slots, batch.starts, batch.lengths
+        hidden, cache, linears = self._forward(weights, rotations, bank, state, batch, every_slot)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         logits = project(weights, linears, last)[:, 0]
         history = state.history
-        if tokens.shape[1] > 1:
-            history = sampling.record_prompt(history, slots, tokens, starts, lengths)
-        sampled = sampling.sample(logits, sampler, starts + lengths, history, slots, self.backend.argmax_logsumexp)
-        history = sampling.record_answer(history, slots, sampled.tokens, emit)
-        return State(cache, history), sampled
+        if batch.tokens.shape[1] > 1:
+            history = sampling.record_prompt(history, slots, batch.tokens, starts, lengths)
+        sampled = sampling.sample(logits, batch.sampler, starts + lengths, history, slots, self.backend.argmax_logsumexp)
+        history = sampling.record_answer(history, slots, sampled.tokens, batch.emit != 0)
+        return State(cache, history), sampling.pack(sampled)
 
     def _trace_guesses(
-        self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, tokens: Array, slots: Array, starts: Array,
-        lengths: Array, adapters: Array,
-    ) -> tuple[State, Sampled]:
-        hidden, cache, linears = self._forward(weights, rotations, bank, state, tokens, Rows(slots, starts, lengths), adapters)
+        self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, packed: Array
+    ) -> tuple[State, Array]:
+        batch = in_step(packed)
+        hidden, cache, linears = self._forward(weights, rotations, bank, state, batch)
         logits = project(weights, linears, hidden)
-        best, total = (part.reshape(tokens.shape) for part in self.backend.argmax_logsumexp(logits.reshape(-1, logits.shape[-1])))
-        finite = jnp.isfinite(total) | (jnp.arange(tokens.shape[1]) >= lengths[:, None])
-        return State(cache, state.history), Sampled(best, None, None, None, finite.all(axis=1))
+        best, total = self.backend.argmax_logsumexp(logits.reshape(-1, logits.shape[-1]))
+        best, total = best.reshape(batch.tokens.shape), total.reshape(batch.tokens.shape)
+        finite = jnp.isfinite(total) | (jnp.arange(total.shape[1]) >= batch.lengths[:, None])
+        return State(cache, state.history), sampling.pack(Sampled(best, None, None, None, finite.all(axis=1)))
 
     def _forward(
-        self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, tokens: Array, rows: Rows, adapters: Array
+        self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, batch: Fields, every_slot: bool = False
     ) -> tuple[Array, KVCache, Linears]:
         """Hidden states `[B, T, D]`, the cache with the new keys and values, and the linear layers that computed them."""
-        linears = self.backend.linears(self.config, self.layout, bank, adapters)
-        attend = self.backend.attend(self.config, rotations, rows)
+        linears = self.backend.linears(self.config, self.layout, bank, batch.adapters)
+        attend = self.backend.attend(self.config, rotations, Rows(batch.slots, batch.starts, batch.lengths, every_slot))
         caches = list(zip(state.cache.k, state.cache.v))
-        hidden, caches = forward(self.config, weights, tokens, attend, linears, self.backend, caches)
+        hidden, caches = forward(self.config, weights, batch.tokens, attend, linears, self.backend, caches)
         return hidden, KVCache(*zip(*caches)), linears
 
 
@@ -263,27 +249,3 @@ def _is_usable(tree: Any) -> bool:
     except Exception:  # of any kind that the failed computation raised
         return False
     return bool(arrays) and not any(array.is_deleted() for array in arrays)
-
-
-def idle_batch(rows: int, length: int, vocab: int, guessed: bool = False) -> Batch:
-    """A batch whose rows do nothing: the start from which a real one is filled in."""
-    return Batch(
-        tokens=np.zeros((rows, length), np.int32),
-        slots=np.arange(rows, dtype=np.int32),
-        starts=np.zeros(rows, np.int32),
-        lengths=np.zeros(rows, np.int32),
-        adapters=np.full(rows, -1, np.int32),
-        emit=np.zeros(rows, bool),
-        sampler=neutral_sampler(rows, vocab),
-        guessed=guessed,
-    )
-
-
-def neutral_sampler(rows: int, vocab: int) -> SamplerRows:
-    """Greedy settings for so many rows, on the host."""
-    zeros, ones = np.zeros(rows, np.float32), np.ones(rows, np.float32)
-    return SamplerRows(
-        temperature=zeros.copy(), top_k=np.zeros(rows, np.int32), top_p=ones.copy(), min_p=zeros.copy(), repetition=ones.copy(),
-        frequency=zeros.copy(), presence=zeros.copy(), key=np.zeros((rows, 2), np.uint32),
-        banned=np.full((rows, MAX_BANNED), vocab, np.int32), logprobs=np.zeros(rows, bool),
-    )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
@@ -41,6 +42,22 @@ class Sampled:
     top_ids: Array | None
     top_logprobs: Array | None
     ok: Array
+
+
+def pack(sampled: Sampled) -> Array:
+    """All of it in one array, int32 `[B, N]`."""
+    parts = [sampled.ok.astype(jnp.int32), sampled.tokens, sampled.logprobs, sampled.top_ids, sampled.top_logprobs]
+    columns = [part.reshape(part.shape[0], -1) for part in parts if part is not None]
+    return jnp.concatenate([jax.lax.bitcast_convert_type(part, jnp.int32) for part in columns], axis=1)
+
+
+def unpack(packed: np.ndarray, guessed: bool) -> Sampled:
+    """What `pack` was given, on the host; `guessed` after a step with guesses."""
+    ok = packed[:, 0] != 0
+    if guessed:
+        return Sampled(packed[:, 1:], None, None, None, ok)
+    logprobs, top_ids, top_logprobs = packed[:, 2], packed[:, 3 : 3 + TOP], packed[:, 3 + TOP :]
+    return Sampled(packed[:, 1], logprobs.view(np.float32), top_ids, top_logprobs.view(np.float32), ok)
 
 
 @struct.dataclass

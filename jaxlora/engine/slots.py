@@ -4,8 +4,8 @@ import dataclasses
 import math
 import threading
 
+from jaxlora.engine.batch import Batch, idle_batch
 from jaxlora.engine.lookup import Lookup
-from jaxlora.engine.program import Batch, idle_batch
 from jaxlora.engine.requests import MAX_BANNED, Request, Result, Timings, Token
 from jaxlora.engine.sampling import Sampled
 

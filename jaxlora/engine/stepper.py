@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from jaxlora.engine.batch import Batch, idle_batch
 from jaxlora.engine.health import Health
-from jaxlora.engine.program import Batch, Program, idle_batch
+from jaxlora.engine.program import Program
 from jaxlora.engine.sampling import Sampled
 from jaxlora.engine.slots import Sequence, decode_batch, guess_batch, prefill_batch, row_numbers
 from jaxlora.errors import EngineError, ServingError, Unavailable
