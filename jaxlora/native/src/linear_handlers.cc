@@ -1,5 +1,6 @@
 // Products with packed weights: handlers that XLA calls. They check shapes and share the work among the threads of the pool.
 #include "handlers.h"
+#include "order.h"
 
 namespace jaxlora {
 namespace {
@@ -15,8 +16,10 @@ ffi::Error check(Shape x, Shape w, Shape y, int64_t k_of_step) {
   return ffi::Error::Success();
 }
 
+// Shares the panels of w [k, n], of `size` bytes a value, among the threads.
 template <typename Body>
-void multiply(int64_t m, int64_t n, const Body& body, int64_t grain = 1) {
+void multiply(const void* w, int64_t size, int64_t m, int64_t k, int64_t n, const Body& body, int64_t grain = 1) {
+  Order::instance().reading(w, static_cast<size_t>(panels(n) * kPanel * k * size));
   Pool::instance().split((m + kRowBlock - 1) / kRowBlock * panels(n), body, grain);
 }
 
@@ -28,7 +31,8 @@ constexpr int64_t kStep = kBf16 ? 2 : 1;
 template <bool kBf16>
 void product(const float* x, const void* w, float* y, int64_t m, int64_t k, int64_t n, const Update& update, void* space) {
   const Linear a{rows_for(kBf16, x, m, k, space), w, y, m, k, n, update};
-  multiply(m, n, [&](int64_t begin, int64_t end) { (kBf16 ? active->linear_bf16 : active->linear_f32)(a, begin, end); });
+  multiply(w, kBf16 ? 2 : 4, m, k, n,
+           [&](int64_t begin, int64_t end) { (kBf16 ? active->linear_bf16 : active->linear_f32)(a, begin, end); });
 }
 
 template <bool kBf16>
@@ -49,7 +53,7 @@ ffi::Error linear_f16(F32 x, ffi::Buffer<ffi::F16> w, F32Result y) {
   auto* scales = reinterpret_cast<float*>(halves + m * k);
   prepare_rows(m, k, [&](int64_t begin, int64_t end) { active->halve_rows(x.typed_data(), halves, scales, k, begin, end); });
   const LinearF16 a{halves, scales, static_cast<const uint16_t*>(w.untyped_data()), y->typed_data(), m, k, n};
-  multiply(m, n, [&](int64_t begin, int64_t end) { active->linear_f16(a, begin, end); }, 2);
+  multiply(a.w, 2, m, k, n, [&](int64_t begin, int64_t end) { active->linear_f16(a, begin, end); }, 2);
   return ffi::Error::Success();
 }
 

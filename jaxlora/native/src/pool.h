@@ -34,11 +34,18 @@ class Pool {
     run(count, grain, [](const void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); }, &body);
   }
 
+  // Says what will be read next (null: nobody knows). Meanwhile workers that wait for it fetch the beginning of their share into their caches:
+  // between the products of a step memory would have nothing to do. Any thread may call this.
+  void expect(const void* data, size_t bytes) {
+    expected_.store(static_cast<const char*>(data), std::memory_order_relaxed);
+    expected_bytes_.store(bytes, std::memory_order_relaxed);
+  }
+
  private:
   explicit Pool(int threads);
   void work(int self);
   void take_all(int self);
-  void await(uint32_t seen);
+  void await(int self, uint32_t seen);
 
   struct Job {
     Task task;
@@ -52,6 +59,14 @@ class Pool {
     bool take(bool front, uint32_t grain, uint32_t* begin, uint32_t* end);
   };
 
+  // How far one worker has fetched what is expected.
+  struct Ahead {
+    const char* data = nullptr;
+    size_t done = 0;
+  };
+
+  void fetch_more(int self, Ahead& ahead);
+
   const int threads_;
   const std::unique_ptr<Stretch[]> stretches_;
   Job job_{};
@@ -59,6 +74,8 @@ class Pool {
   alignas(64) std::atomic<uint32_t> epoch_{0};  // counts jobs
   alignas(64) std::atomic<int> asleep_{0};
   alignas(64) std::atomic_flag taken_ = ATOMIC_FLAG_INIT;
+  std::atomic<const char*> expected_{nullptr};
+  std::atomic<size_t> expected_bytes_{0};
   std::mutex mutex_;
   std::condition_variable wake_;
 };
