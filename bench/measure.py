@@ -1,8 +1,9 @@
 """From the times of answers to numbers, and from the numbers of repetitions to medians, spreads and ratios. Pure arithmetic.
 
 Decode speed is that of the time in which every stream generates: from the moment the last stream has its first token to the moment the
-first stream has its last. A system that never lets all streams generate together has no such time; it is rated from the very first
-token to the very last, and `together` says so.
+first stream has its last. The tokens of one response are taken to come evenly since the one before it: else a system would lose those that
+it holds back when the time ends, though it has made them. A system that never lets all streams generate together has no such time; it is
+rated from the very first token to the very last, and `together` says so.
 """
 
 import dataclasses
@@ -61,12 +62,11 @@ def run_of(answers: Sequence[Answer], prompt_tokens: int) -> Run:
     firsts, lasts = [times[0][0] for times in timelines], [times[-1][0] for times in timelines]
     total = sum(answer.tokens for answer in answers)
     start, end = max(firsts), min(lasts)
-    # The token that opens the window was made before it.
-    inside = sum(count for times in timelines for time, count in times if start < time <= end)
+    inside = tokens_between(timelines, start, end)
     together = end > start and inside >= MIN_TOGETHER * total
     if not together:
         start, end = min(firsts), max(lasts)
-        inside = sum(count for times in timelines for time, count in times if start < time <= end)
+        inside = tokens_between(timelines, start, end)
     return Run(
         decode=inside / (end - start) if end > start else float("nan"),
         together=together,
@@ -85,6 +85,19 @@ def timeline(answer: Answer) -> list[tuple[float, float]]:
     (first, _), *others = answer.events
     each = (answer.tokens - 1) / len(others) if others else 0
     return [(first, 1), *((time, each) for time, _ in others)]
+
+
+def tokens_between(timelines: Iterable[list[tuple[float, float]]], start: float, end: float) -> float:
+    """Tokens that come after `start` and until `end`. A first response comes at once, the tokens of the others since the one before."""
+    found = 0.0
+    for times in timelines:
+        found += sum(count for time, count in times[:1] if start < time <= end)
+        for (before, _), (now, count) in zip(times, times[1:]):
+            if now > before:
+                found += count * max(0.0, min(now, end) - max(before, start)) / (now - before)
+            elif start < now <= end:
+                found += count
+    return found
 
 
 def token_times(times: Sequence[tuple[float, float]]) -> list[float]:

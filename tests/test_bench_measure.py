@@ -32,6 +32,16 @@ def test_speed_is_that_of_the_time_in_which_all_streams_generate():
     assert run.decode == pytest.approx(20, rel=0.06)
 
 
+def test_tokens_that_come_together_count_where_they_were_made():
+    # Both make 10 tokens/s; one sends five at a time, and three of them after the other has ended.
+    held = Answer(0.0, [(1.0, 1), (1.5, 5), (2.0, 5), (2.5, 5)], 16)
+    run = measure.run_of([stream(0.0, 1.0, 0.1, 13), held], 2 * PROMPT)
+    assert run.together
+    assert run.decode == pytest.approx(20)
+    assert measure.tokens_between([[(1.0, 1), (2.0, 4), (2.0, 3)]], 0.5, 1.5) == pytest.approx(3)
+    assert measure.tokens_between([[(1.0, 1), (2.0, 4), (2.0, 3)]], 1.0, 2.0) == pytest.approx(7)
+
+
 def test_streams_that_never_run_together_are_rated_from_the_first_token_to_the_last():
     run = measure.run_of([stream(0.0, 0.0, 0.1, 11), stream(0.0, 2.0, 0.1, 11)], 2 * PROMPT)
     assert not run.together
