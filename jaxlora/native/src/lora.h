@@ -11,6 +11,7 @@ struct WideLora {
   using X = float;
   static constexpr int kDepth = kWidth;    // values of k that `dot` takes
   static constexpr int kColumns = kWidth;  // columns that `add_ranks` takes
+  static constexpr int kRanks = 8;         // ranks of B that it takes, at most
   static INLINE Vec dot(Vec acc, const X* x, const W* w) { return fma(load(x), load_value(w), acc); }
   static INLINE Vec dot(Vec acc, const X* x, const W* w, int64_t count) {
     return fma(load_part(x, count), load_part(w, count), acc);
@@ -46,6 +47,7 @@ struct PairsLora {
   using X = uint16_t;
   static constexpr int kDepth = 2 * kWidth;
   static constexpr int kColumns = 2 * kWidth;
+  static constexpr int kRanks = 16;
   static INLINE Vec dot_pairs(Vec acc, __m512i x, __m512i w) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
   }
@@ -65,7 +67,7 @@ struct PairsLora {
     // Instructions that interleave work on eight columns at a time: `low` gets columns 0 to 3 of each, `high` 4 to 7.
     constexpr int kPairs = (R + 1) / 2;
     __m512i low[kPairs], high[kPairs];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int p = 0; p < kPairs; ++p) {
       const __m512i one = _mm512_maskz_loadu_epi16(mask, b + 2 * p * n);
       const __m512i other = R % 2 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, b + (2 * p + 1) * n);
@@ -77,7 +79,7 @@ struct PairsLora {
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
       Vec lows = zero(), highs = zero();
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int p = 0; p < kPairs; ++p) {
         uint32_t pair = hidden[m][2 * p];
         if (R % 2 == 0) __builtin_memcpy(&pair, hidden[m] + 2 * p, sizeof pair);
@@ -174,11 +176,15 @@ struct LoraPart {
   int64_t count, stride;
 };
 
-// [begin, end) in blocks of N and then of one: body(the size of the block, its first).
-template <int N, typename Body>
+// [begin, end) in blocks of N, then of the smaller ones, and then of one: body(the size of the block, its first).
+template <int N, int... Smaller, typename Body>
 INLINE void in_blocks(int64_t begin, int64_t end, Body body) {
   for (; begin + N <= end; begin += N) body(std::integral_constant<int, N>(), begin);
-  for (; begin < end; ++begin) body(std::integral_constant<int, 1>(), begin);
+  if constexpr (sizeof...(Smaller) > 0) {
+    in_blocks<Smaller...>(begin, end, body);
+  } else {
+    for (; begin < end; ++begin) body(std::integral_constant<int, 1>(), begin);
+  }
 }
 
 // What lies between A and B of a module, [ranks], for one row.
@@ -236,7 +242,7 @@ void lora_up(const Lora& l, int64_t begin, int64_t end) {
                    hidden[m] = hidden_of<X>(l, item, row + m);
                    y[m] = l.y + l.rows[row + m] * l.n + part.module.column + item.first;
                  }
-                 in_blocks<8>(0, part.group.rank, [&](auto ranks, int64_t rank) {
+                 in_blocks<Math::kRanks, 8>(0, part.group.rank, [&](auto ranks, int64_t rank) {
                    add_ranks<Math, M, decltype(ranks)::value>(hidden, part.weights, y, rank, part.count, part.stride, ahead);
                  });
                });
