@@ -1,17 +1,24 @@
 """The kernels under test, once for each instruction set that this machine has."""
 
+import contextlib
 import pathlib
+import shutil
 
 import pytest
 
+import tests.kernels
 from jaxlora import native
+from jaxlora.native import build
 
 ISAS = ("avx512fp16", "avx512bf16", "avx512", "avx2")
 
 
 @pytest.fixture(scope="session")
 def build_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("native")
+    folder = tmp_path_factory.mktemp("native")
+    with contextlib.suppress(build.BuildError):  # then the tests say why
+        shutil.copy(build.library(tests.kernels.build_dir()), folder)
+    return folder
 
 
 @pytest.fixture(params=ISAS)

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from tests.kernels import kernels_here
+from tests.kernels import kernels_here, share_kernels
 from tests.training import tiny
 from training.machine import Machine, NativeMachine, XlaMachine
 
@@ -16,7 +16,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("cache")
+    cache = tmp_path_factory.mktemp("cache")
+    share_kernels(cache)
+    return cache
 
 
 @pytest.fixture(scope="module", params=["xla", "native"])

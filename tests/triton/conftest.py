@@ -8,6 +8,7 @@ import pytest
 from jaxlora.adapters import publish
 from server.launch import TritonServer
 
+from ..kernels import share_kernels
 from ..parity import checkpoints
 from .harness import CACHE, Grpc, Http, serving, write_byte_tokenizer
 
@@ -27,6 +28,11 @@ SETTINGS = {
     "default_max_tokens": 16,
     "max_queue": 64,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_kernels() -> None:
+    share_kernels(CACHE)
 
 
 @pytest.fixture(scope="session")
