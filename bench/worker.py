@@ -40,12 +40,12 @@ class Request:
 class Answer:
     """What came back of a request. Times are seconds of `time.monotonic`, which all processes of a machine share.
 
-    `events` holds (time, tokens) for each response; tokens is 0 where a response does not say how many it carries, and then `tokens` has
-    the number of all. `ids` may be empty: some front doors give text only.
+    `events` holds (time, tokens) for each response, the latter reckoned where a response does not say how many it carries, or 0 if there is
+    nothing to reckon from; then `tokens` has the number of all. `ids` may be empty: some front doors give text only.
     """
 
     sent: float
-    events: list[tuple[float, int]]
+    events: list[tuple[float, float]]
     tokens: int
     ids: list[int] = dataclasses.field(default_factory=list)
 

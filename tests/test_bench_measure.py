@@ -5,6 +5,7 @@ import math
 import pytest
 
 from bench import measure
+from bench.drivers import ours_triton
 from bench.worker import Answer
 
 PROMPT = 10
@@ -96,3 +97,9 @@ def test_a_summary_has_medians_and_pools_times():
 @pytest.mark.parametrize(("answer", "share"), [([1, 2, 3, 4], 1.0), ([1, 2, 9, 4], 0.5), ([9, 2, 3, 4], 0.0), ([1, 2], 0.5)])
 def test_agreement_ends_with_the_first_token_that_differs(answer, share):
     assert measure.agreement([answer], [[1, 2, 3, 4]]) == share
+
+
+def test_responses_of_triton_have_tokens_by_the_length_of_their_text():
+    assert ours_triton.by_text([(1.0, 5), (2.0, 3), (3.0, 9)], 9) == [(1.0, 1), (2.0, 2.0), (3.0, 6.0)]
+    assert ours_triton.by_text([(1.0, 0), (2.0, 0), (3.0, 0)], 9) == [(1.0, 1), (2.0, 4.0), (3.0, 4.0)]
+    assert ours_triton.by_text([(1.0, 20)], 9) == [(1.0, 9)]

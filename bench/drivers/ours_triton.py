@@ -91,8 +91,8 @@ async def _responses(call: grpc.aio.StreamStreamMultiCallable, message: bytes) -
 
 
 def _answer(sent: float, responses: list[tuple[float, bytes]]) -> Answer:
-    """The responses read; only the last one says how many tokens there were."""
-    events, tokens = [], 0
+    """The responses read. Only the last one says how many tokens there were; each has its share of them by the length of its text."""
+    texts, tokens = [], 0
     for arrived, raw in responses:
         response = service_pb2.ModelStreamInferResponse.FromString(raw)
         if response.error_message:
@@ -103,10 +103,19 @@ def _answer(sent: float, responses: list[tuple[float, bytes]]) -> Answer:
         if outputs.get("metrics"):
             tokens = json.loads(outputs["metrics"])["completion_tokens"]
             # A last response that only ends the answer carries no token of its own.
-            if events and not outputs["text_output"]:
+            if texts and not outputs["text_output"]:
                 continue
-        events.append((arrived, 0))
-    return Answer(sent, events, tokens)
+        texts.append((arrived, len(outputs["text_output"])))
+    return Answer(sent, by_text(texts, tokens), tokens)
+
+
+def by_text(texts: list[tuple[float, int]], tokens: int) -> list[tuple[float, float]]:
+    """(time, tokens) of each response of (time, length of its text): the first has one token, as streams begin, the rest have the rest."""
+    (first, _), *others = texts
+    if not others:
+        return [(first, tokens)]
+    whole = sum(length for _, length in others)
+    return [(first, 1), *((time, (tokens - 1) * (length / whole if whole else 1 / len(others))) for time, length in others)]
 
 
 if __name__ == "__main__":
