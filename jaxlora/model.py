@@ -221,7 +221,8 @@ def rotation(rope: Rope, head_dim: int, positions: Array) -> tuple[Array, Array]
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates `x [B, T, heads, head_dim]` by cosines and sines that fit `[B, T, heads, head_dim / 2]`; the two halves of a head form the pairs, as in Hugging Face checkpoints."""
+    """Rotates `x [B, T, heads, head_dim]` by cosines and sines that fit `[B, T, heads, head_dim / 2]`; the two halves of a head form the
+    pairs, as in Hugging Face checkpoints."""
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -34,7 +34,7 @@ class Pool {
     run(count, grain, [](const void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); }, &body);
   }
 
-  // Says what will be read next (null: nobody knows). Meanwhile workers that wait for it fetch the beginning of their share into their caches:
+  // Says what will be read next (null: nobody knows). Workers that wait for it fetch the beginning of their share into their caches:
   // between the products of a step memory would have nothing to do. Any thread may call this.
   void expect(const void* data, size_t bytes) {
     expected_.store(static_cast<const char*>(data), std::memory_order_relaxed);
