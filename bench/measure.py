@@ -78,13 +78,8 @@ def run_of(answers: Sequence[Answer], prompt_tokens: int) -> Run:
 
 
 def timeline(answer: Answer) -> list[tuple[float, float]]:
-    """(time, tokens) of each response. Where the responses do not tell, the first one is taken to carry one token, and the rest the rest."""
-    known = sum(count for _, count in answer.events)
-    if known:
-        return [(time, count) for time, count in answer.events if count]
-    (first, _), *others = answer.events
-    each = (answer.tokens - 1) / len(others) if others else 0
-    return [(first, 1), *((time, each) for time, _ in others)]
+    """(time, tokens) of each response that carries any."""
+    return [(time, count) for time, count in answer.events if count]
 
 
 def tokens_between(timelines: Iterable[list[tuple[float, float]]], start: float, end: float) -> float:

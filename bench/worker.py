@@ -40,8 +40,8 @@ class Request:
 class Answer:
     """What came back of a request. Times are seconds of `time.monotonic`, which all processes of a machine share.
 
-    `events` holds (time, tokens) for each response, the latter reckoned where a response does not say how many it carries, or 0 if there is
-    nothing to reckon from; then `tokens` has the number of all. `ids` may be empty: some front doors give text only.
+    `events` holds (time, tokens) for each response, the latter reckoned where a response does not say how many it carries; `tokens` is the
+    number of all. `ids` may be empty: some front doors give text only.
     """
 
     sent: float

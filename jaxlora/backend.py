@@ -140,7 +140,7 @@ class NativeLinears:
         rows = x.reshape(-1, x.shape[-1])
         spans = [self.layout.by_name.get(name) for name in names]
         y = group(rows)
-        if None not in spans:  # the output layer, whose adapters the bank need not have
+        if None not in spans:  # the bank need not have adapters of the output layer
             ends = np.cumsum([span.out_features for span in spans]).tolist()
             modules = tuple(
                 native.LoraModule(span.a_offset, span.b_offset, end - span.out_features, span.out_features) for span, end in zip(spans, ends)

@@ -56,7 +56,8 @@ class PlainElements:
         return rms_norm(x, scale, eps)
 
     def add_norm(self, x: Array, more: Array, scale: Array, eps: float) -> tuple[Array, Array]:
-        return x + more, rms_norm(x + more, scale, eps)
+        total = x + more
+        return total, rms_norm(total, scale, eps)
 
     def swiglu(self, gate_up: tuple[Array, ...]) -> Array:
         gate, up = gate_up

@@ -61,14 +61,14 @@ def test_the_tokens_of_one_response_share_its_time():
 
 
 def test_responses_that_do_not_tell_their_tokens_carry_them_evenly():
-    answer = Answer(0.0, [(1.0, 0), (1.2, 0), (1.4, 0)], 5)
+    answer = Answer(0.0, ours_triton.by_text([(1.0, 0), (1.2, 0), (1.4, 0)], 5), 5)
     run = measure.run_of([answer], PROMPT)
     assert measure.timeline(answer) == [(1.0, 1), (1.2, 2.0), (1.4, 2.0)]
     assert run.decode == pytest.approx(10)
 
 
 def test_an_answer_in_one_piece_has_no_decode_speed_but_an_output_speed():
-    run = measure.run_of([Answer(0.0, [(2.0, 0)], 64)], PROMPT)
+    run = measure.run_of([Answer(0.0, ours_triton.by_text([(2.0, 300)], 64), 64)], PROMPT)
     assert math.isnan(run.decode)
     assert run.output == pytest.approx(32)
 

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora import huge_pages, native
+from jaxlora.config import Rope
+from jaxlora.model import rotation
 
 LAYERS, HIDDEN, MLP, HEADS, KV, HEAD, VOCABULARY = 30, 576, 1536, 9, 3, 64, 49152
 QKV = (HEADS + 2 * KV) * HEAD
@@ -79,7 +81,7 @@ def bench_linear(kernels: native.Kernels, repeat: int) -> None:
 def bench_attention(kernels: native.Kernels, repeat: int) -> None:
     for rows, chunk, length in ((1, 1, 128), (16, 1, 128), (16, 1, 1500), (1, 1, 1500), (1, 128, 0), (1, 512, 0), (1, 128, 1024)):
         size = length + chunk
-        qkv, turned = normal(rows, chunk, QKV), rotation(size)
+        qkv, turned = normal(rows, chunk, QKV), rotation(Rope(10000.0), HEAD, jnp.arange(size))
         where = jnp.full(rows, length, jnp.int32), jnp.full(rows, chunk, jnp.int32), jnp.arange(rows, dtype=jnp.int32)
         for dtype in ("float32", "bfloat16"):
             caches = [tuple(jnp.array(jnp.zeros((rows, KV, size, HEAD), dtype)) for _ in range(2)) for _ in range(LAYERS)]
@@ -101,11 +103,6 @@ def bench_attention(kernels: native.Kernels, repeat: int) -> None:
                 f"attention {rows:2} rows of {chunk:3} at {length:4} {dtype:9} {timing}  {moved / timing.median / 1e9:6.1f} GB/s"
                 f"  {flops / timing.median / 1e9:6.1f} GFLOP/s"
             )
-
-
-def rotation(positions: int) -> tuple[np.ndarray, np.ndarray]:
-    angles = np.arange(positions, dtype=np.float32)[:, None] * np.float32(10000) ** (-np.arange(HEAD // 2, dtype=np.float32) / (HEAD // 2))
-    return np.cos(angles), np.sin(angles)
 
 
 def lora_modules(offset: int, k: int, widths: list[int]) -> tuple[tuple[native.LoraModule, ...], int]:
@@ -170,7 +167,7 @@ def bench_step(kernels: native.Kernels, repeat: int, length: int = 96) -> None:
         head = weights(kernels, (HIDDEN, VOCABULARY), dtype, 1)[0]
         embed = jnp.array(normal(VOCABULARY, HIDDEN))
         bank = jnp.array(np.broadcast_to(normal(1, bank_size), (ADAPTERS, bank_size)), dtype)
-        norm, turned = jnp.ones(HIDDEN), rotation(2 * length)
+        norm, turned = jnp.ones(HIDDEN), rotation(Rope(10000.0), HEAD, jnp.arange(2 * length))
 
         @functools.partial(jax.jit, donate_argnums=4, static_argnames="adapted")
         def step(model, head, bank, tokens, caches, starts, slots, adapted):

@@ -83,7 +83,7 @@ class TensorFile:
         self.sha256 = ""
         for name, at in self.tensors.items():
             data = np.empty(at.end - at.begin, np.uint8)
-            self._read_into(data, len(self._head) + at.begin)
+            _read_into(self._fd, self._name, data, len(self._head) + at.begin)
             digest.update(data)
             yield name, data.view(DTYPES[at.dtype]).reshape(at.shape) if at.dtype in DTYPES else None
         self.sha256 = digest.hexdigest()
@@ -92,7 +92,7 @@ class TensorFile:
         if self.size < 8:
             raise AdapterInvalid([f"{self._name} is truncated: {self.size} bytes hold no header"])
         prefix = np.empty(8, np.uint8)
-        self._read_into(prefix, 0)
+        _read_into(self._fd, self._name, prefix, 0)
         length = int.from_bytes(prefix.tobytes(), "little")
         if length > MAX_HEADER_BYTES:
             raise AdapterInvalid(
@@ -101,7 +101,7 @@ class TensorFile:
         if 8 + length > self.size:
             raise AdapterInvalid([f"{self._name} is truncated: its header needs {8 + length} bytes, the file has {self.size}"])
         header = np.empty(length, np.uint8)
-        self._read_into(header, 8)
+        _read_into(self._fd, self._name, header, 8)
         try:
             return prefix.tobytes() + header.tobytes(), strict_json(header.tobytes())
         except ValueError as error:
@@ -136,9 +136,6 @@ class TensorFile:
         if offset < held:
             raise AdapterInvalid([f"{self._name} holds {held - offset} bytes that no tensor accounts for"])
         return tensors
-
-    def _read_into(self, data: np.ndarray, offset: int) -> None:
-        _read_into(self._fd, self._name, data, offset)
 
 
 def read_known(path: pathlib.Path, size: int, sha256: str) -> dict[str, np.ndarray]:
