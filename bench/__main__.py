@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measures this server and its peers side by side.")
     parser.add_argument("--systems", type=one_of(DRIVERS), default=list(DRIVERS), help=f"of {','.join(DRIVERS)}; those not installed are shown so")
     parser.add_argument("--dtypes", type=one_of(DTYPES), default=list(DTYPES), help=f"of {','.join(DTYPES)}")
-    parser.add_argument("--shapes", type=shapes, default=shapes("64/64,512/64"), help="prompt/answer tokens; `none`: no rows")
+    parser.add_argument("--shapes", type=shapes, default=shapes("64/64,512/64,64/1"), help="prompt/answer tokens; `none`: no rows")
     parser.add_argument("--streams", type=lambda text: [int(count) for count in text.split(",")], default=[1, 4, 8, 16], help="requests at a time")
     parser.add_argument("--mixes", type=one_of(MIXES), default=list(MIXES), help=f"of {','.join(MIXES)}")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions of each row")

@@ -3,7 +3,7 @@
 Decode speed is that of the time in which every stream generates: from the moment the last stream has its first token to the moment the
 first stream has its last. The tokens of one response are taken to come evenly since the one before it: else a system would lose those that
 it holds back when the time ends, though it has made them. A system that never lets all streams generate together has no such time; it is
-rated from the very first token to the very last, and `together` says so.
+rated from the very first token to the very last, and `together` says so. Answers of one token have no speed of decoding: it is NaN.
 """
 
 import dataclasses
@@ -64,11 +64,11 @@ def run_of(answers: Sequence[Answer], prompt_tokens: int) -> Run:
     start, end = max(firsts), min(lasts)
     inside = tokens_between(timelines, start, end)
     together = end > start and inside >= MIN_TOGETHER * total
-    if not together:
+    if not together:  # as answers of one token never do
         start, end = min(firsts), max(lasts)
         inside = tokens_between(timelines, start, end)
     return Run(
-        decode=inside / (end - start) if end > start else float("nan"),
+        decode=inside / (end - start) if any(len(times) > 1 for times in timelines) else float("nan"),
         together=together,
         output=total / (max(lasts) - begin),
         prefill=prompt_tokens / (max(firsts) - begin),

@@ -54,11 +54,12 @@ def bound(results: Mapping[str, Any], dtype: str) -> float:
     return results["limits"]["read_bytes_per_s"] / (results["weights_per_token"] * TYPE_BYTES[dtype])
 
 
-def ratios(row: Mapping[str, Any], ours: str, metric: str = "decode") -> dict[str, measure.Spread]:
-    """One of our systems over each peer, turn by turn, by peer."""
+def ratios(row: Mapping[str, Any], ours: str) -> dict[str, measure.Spread]:
+    """One of our systems over each peer, turn by turn, by peer; answers of one token have no speed of decoding."""
     systems = row["systems"]
     if "turns" not in systems.get(ours, {}):
         return {}
+    metric = "prefill" if row["answer"] == 1 else "decode"
     speeds = lambda name: [turn[metric] for turn in systems[name]["turns"]]
     return {name: measure.ratio(speeds(ours), speeds(name)) for name, found in systems.items() if "turns" in found and not DRIVERS[name].ours}
 
@@ -100,7 +101,7 @@ def _precision(dtype: str, found: Mapping[str, Any], results: Mapping[str, Any])
         *section("Whole answers, tokens/s (from the first request to the last token)", lambda it: _spread(it["output"])),
         *section("Prompts, tokens/s (until every stream has its first token)", lambda it: _spread(it["prefill"])),
         *section("Time to first token, ms (mean / p95)", lambda it: f"{it['ttft_ms']['mean']:.0f} / {it['ttft_ms']['p95']:.0f}"),
-        *section("Time per output token, ms (p50 / p99)", lambda it: f"{it['tpot_ms']['p50']:.1f} / {it['tpot_ms']['p99']:.1f}"),
+        *section("Time per output token, ms (p50 / p99)", _token_times),
         *section("Memory, MiB (all processes of the system)", lambda it: f"{it['memory_bytes'] / 2**20:.0f}"),
         *section("Greedy tokens equal to a reference, up to the first that differs", _agreement),
     ]
@@ -121,7 +122,7 @@ def _ratio_section(rows: Sequence[Mapping[str, Any]], names: Sequence[str], labe
             cells = [f"{found[peer].median:.2f} ({found[peer].low:.2f} to {found[peer].high:.2f})" if peer in found else "" for peer in peers]
             lines.append([label(row), *cells, f"{best.median:.2f}" if best else ""])
         if any(any(line[1:]) for line in lines):
-            title = f"**Decode speed {DRIVERS[ours].title}, as a multiple of each peer's (turn by turn)**"
+            title = f"**Decode speed {DRIVERS[ours].title}, as a multiple of each peer's (turn by turn; of prompts where an answer is one token)**"
             parts += [title, table(["prompt/answer", *(f"over {DRIVERS[peer].title}" for peer in peers), "over the best"], lines)]
     return parts
 
@@ -133,7 +134,12 @@ def _cell(found: Mapping[str, Any] | None, cell: Callable[[Mapping[str, Any]], s
 
 
 def _decode(found: Mapping[str, Any]) -> str:
-    return _spread(found["decode"]) + ("" if found["together"] else " \\*")
+    return _spread(found["decode"]) + ("" if found["together"] or math.isnan(found["decode"]["median"]) else " \\*")
+
+
+def _token_times(found: Mapping[str, Any]) -> str:
+    p50, p99 = found["tpot_ms"]["p50"], found["tpot_ms"]["p99"]
+    return "" if math.isnan(p50) else f"{p50:.1f} / {p99:.1f}"
 
 
 def _spread(spread: Mapping[str, float]) -> str:

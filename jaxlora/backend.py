@@ -211,6 +211,9 @@ class NativeBackend:
     def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
         return NativeLinears(layout, bank, row_slots)
 
+    def embed(self, table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
+        return native.Kernels.embed(table, tokens)
+
     def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
         return native.Kernels.rms_norm(x, scale, eps)
 

@@ -37,7 +37,10 @@ class Linears(Protocol):
 
 
 class Elements(Protocol):
-    """What a step computes between its linear layers, from their results as they come."""
+    """What a step computes before, between and after its linear layers, from their results as they come."""
+
+    def embed(self, table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
+        """Rows `[..., D]` of table `[V, D]` for tokens int32 `[...]`, in the type of the activations."""
 
     def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
         """As `rms_norm`."""
@@ -51,6 +54,9 @@ class Elements(Protocol):
 
 class PlainElements:
     """Implements `Elements` in plain JAX."""
+
+    def embed(self, table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
+        return table[tokens].astype(dtype)
 
     def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
         return rms_norm(x, scale, eps)
@@ -124,7 +130,7 @@ def forward(
         (down,) = linears(layer.linears, own, ("down_proj",), elements.swiglu(linears(layer.linears, own, GATE_UP, h)))
         return x + down, cache
 
-    x = embedded(weights.embed[tokens].astype(weights.final_norm.dtype))
+    x = embedded(elements.embed(weights.embed, tokens, weights.final_norm.dtype))
     after = list(caches) or [None] * len(weights.layers)
     for index, layer in enumerate(weights.layers):
         run = functools.partial(decoder_layer, window=config.windows[index])

@@ -117,6 +117,10 @@ class Settings:
         5, _whole(0, 15), "tokens of a greedy answer that a step guesses from the text so far, on CPUs with native kernels and while one or two "
         "requests are answered; the answers are the same; 0: none",
     )  # fmt: skip
+    decode_steps: int = _setting(
+        4, _whole(1, 64), "tokens of each answer that one call of the device may generate, as many as take 50 ms at most, where nobody waits for "
+        "a slot that is free; the answers are the same",
+    )  # fmt: skip
     max_lora_rank: int = _setting(64, _whole(1, 1024), "largest adapter rank")
     lora_slots: int = _setting(32, _whole(1, 4096), "adapters on the device at the same time")
     lora_output_layer: int = _setting(0, _whole(0, 1), "1: adapters may target `lm_head` too (costs device memory)")

@@ -103,3 +103,9 @@ def test_responses_of_triton_have_tokens_by_the_length_of_their_text():
     assert ours_triton.by_text([(1.0, 5), (2.0, 3), (3.0, 9)], 9) == [(1.0, 1), (2.0, 2.0), (3.0, 6.0)]
     assert ours_triton.by_text([(1.0, 0), (2.0, 0), (3.0, 0)], 9) == [(1.0, 1), (2.0, 4.0), (3.0, 4.0)]
     assert ours_triton.by_text([(1.0, 20)], 9) == [(1.0, 9)]
+
+
+def test_answers_of_one_token_have_a_speed_of_prompts_only():
+    run = measure.run_of([Answer(0.0, [(0.5, 1)], 1, None), Answer(0.0, [(1.0, 1)], 1, None)], 128)
+    assert math.isnan(run.decode) and run.prefill == 128 and run.tpot == []
+    assert math.isnan(measure.summary([run])["tpot_ms"]["p50"])

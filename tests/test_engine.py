@@ -15,7 +15,7 @@ from tests.parity.serving import Answer
 
 ARCHITECTURE = "llama"
 NAMES = list(checkpoints.ADAPTERS)[:4]
-SIZES = Sizes(slots=4, max_seq_len=128, prefill_chunk=16, lora_slots=2, max_lora_rank=16)
+SIZES = Sizes(slots=4, max_seq_len=128, prefill_chunk=16, lora_slots=2, max_lora_rank=16, decode_steps=3)
 LIMITS = peft.Limits(max_rank=16, max_file_bytes=1 << 20)
 
 
@@ -121,7 +121,7 @@ def test_the_caches_are_updated_in_place(running, alone):
 
 
 def test_the_sizes_of_the_engine_do_not_show(start, alone, backend):
-    engine, _ = start(Sizes(slots=7, max_seq_len=200, prefill_chunk=64, lora_slots=5, max_lora_rank=16))
+    engine, _ = start(Sizes(slots=7, max_seq_len=200, prefill_chunk=64, lora_slots=5, max_lora_rank=16, decode_steps=5))
     other = one_by_one(engine)
     if isinstance(backend, NativeBackend):
         assert other == alone

@@ -21,7 +21,7 @@ from tests.parity.serving import Answer
 
 CULPRIT = 7
 NAMES = list(checkpoints.ADAPTERS)[:3]
-SIZES = Sizes(slots=4, max_seq_len=128, prefill_chunk=16, lora_slots=2, max_lora_rank=16)
+SIZES = Sizes(slots=4, max_seq_len=128, prefill_chunk=16, lora_slots=2, max_lora_rank=16, decode_steps=3)
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ class Counting:
     """A program whose next token is the last one plus 1. `gate` lets a test hold a step back; it closes by itself after `hold_after`
     steps."""
 
-    def __init__(self, slots=4, chunk=8, lora_slots=2, batch_sizes=(1, 2, 4)):
-        self.sizes = Sizes(slots, 64, chunk, lora_slots, 4)
+    def __init__(self, slots=4, chunk=8, lora_slots=2, batch_sizes=(1, 2, 4), decode_steps=1):
+        self.sizes = Sizes(slots, 64, chunk, lora_slots, 4, decode_steps=decode_steps)
         self.batch_sizes, self.chunk_lengths = batch_sizes, (4, chunk)
         self.config = type("Config", (), {"vocab_size": VOCAB})
         self.cut_invariant, self.guess_sizes = True, ()
-        self.steps, self.placed, self.copies, self.cleared = [], [], [], []
+        self.steps, self.placed, self.copies, self.cleared, self.tokens = [], [], [], [], []
         self.gate = threading.Event()
         self.gate.set()
         self.broken = None
@@ -38,9 +38,12 @@ class Counting:
         if len(self.steps) == self.hold_after:
             self.gate.clear()
         last = batch.tokens[np.arange(len(batch.slots)), np.maximum(batch.lengths - 1, 0)]
-        size = len(last)
-        ok = ~((last == 666) & (batch.lengths > 0))
-        return Sampled((last + 1).astype(np.int32), np.zeros(size), np.zeros((size, TOP), np.int32), np.zeros((size, TOP)), ok)
+        count = max(1, int(batch.emit.max()))
+        self.tokens.append(count)
+        inputs = last[:, None] + np.arange(count)
+        ok = ~((inputs == 666) & (batch.lengths[:, None] > 0))
+        nothing = np.zeros(inputs.shape), np.zeros((*inputs.shape, TOP), np.int32), np.zeros((*inputs.shape, TOP))
+        return Sampled((inputs + 1).astype(np.int32), *nothing, ok)
 
     def pack(self, modules, rank):
         return np.zeros(1, np.float32)

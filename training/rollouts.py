@@ -128,7 +128,7 @@ class Sampler:
         rank, output_layer = self._room
         sizes = Sizes(
             slots=self._sampling.slots, max_seq_len=longest, prefill_chunk=min(128, longest), lora_slots=1, max_lora_rank=rank,
-            output_layer=output_layer,
+            output_layer=output_layer, decode_steps=4,
         )  # fmt: skip
         program = Program(self._config, self._weights, self._backend, sizes, self._sampling.dtype)
         program.warm_up(self._progress)

@@ -25,7 +25,8 @@ _HEAD = sum(width for _, width in (*_ROW.values(), *_SAMPLER.values()))
 @dataclasses.dataclass
 class Fields:
     """What the rows of a step are: NumPy arrays on the host, JAX arrays in the step. `tokens` int32 `[B, T]`; `slots`, `starts`, `lengths`,
-    `adapters` int32 `[B]`; `emit` int32 `[B]` says (with 0 or 1) which rows take the sampled token into their history."""
+    `adapters` int32 `[B]`; `emit` int32 `[B]` says how many tokens a row gets: 0 before the end of a prompt, otherwise 1, in a decode step
+    any number, the same for all rows that have one, and in a step with guesses one for each position."""
 
     slots: Any
     starts: Any

@@ -21,7 +21,6 @@ from jaxlora.engine.prefixes import Prefixes
 from jaxlora.engine.program import Program
 from jaxlora.engine.requests import Handle, Request
 from jaxlora.engine.residency import HostAdapter, Residency
-from jaxlora.engine.sampling import Sampled
 from jaxlora.engine.slots import Sequence, token_of
 from jaxlora.engine.stepper import Outcome, Stepper, cause_of
 from jaxlora.errors import Cancelled, EngineError, RequestTimeout, ServingError
@@ -61,7 +60,8 @@ class Engine:
         self._slots: list[Sequence | None] = [None] * program.sizes.slots
         self._closing = Closing()
         self._prefixes = Prefixes.of(program, limits.prefix_cache)
-        self.steps = self.reused = 0
+        self._expected = False  # whether somebody waits for an adapter only
+        self.reused = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -92,7 +92,7 @@ class Engine:
         with self._wakeup:
             waiting = len(self._queue)
         return {
-            "waiting": waiting, "running": len(running), "steps": self.steps, "kv_tokens": sum(sequence.written for sequence in running),
+            "waiting": waiting, "running": len(running), "steps": self._stepper.steps, "kv_tokens": sum(sequence.written for sequence in running),
             "adapters_resident": len(self._residency.resident()), "adapters_placed": self._residency.placed, "compiled": self._program.compiled(),
             "prompt_tokens_reused": self.reused, "guessed": self._stepper.guessed, "guessed_right": self._stepper.guessed_right,
         }
@@ -177,6 +177,7 @@ class Engine:
             with self._wakeup:
                 self._queue.start(sequence)
             self._tell(sequence.request.started)
+        self._expected = bool(on_their_way)
 
     def _first(self, passed: set[Hashable]) -> Sequence | None:
         if len(self._slots) - self._slots.count(None) >= self.health.allowed_rows():
@@ -213,10 +214,11 @@ class Engine:
 
     def _decode(self) -> None:
         running = [sequence for sequence in self._slots if sequence is not None and not sequence.prefilling]
+        before = self._stepper.steps
         if running:
-            self._take(self._stepper.decode(running))
-            self.steps += 1
-        self.health.stepped(bool(running))
+            expected = self._expected or any(sequence is not None and sequence.prefilling for sequence in self._slots)
+            self._take(self._stepper.decode(running, expected))
+        self.health.stepped(self._stepper.steps - before)
 
     def _take(self, outcomes: Iterator[Outcome]) -> None:
         for outcome in outcomes:
@@ -228,7 +230,7 @@ class Engine:
             if not sequence.prefilling:
                 if not sequence.answer:
                     self._prefixes.hold(sequence)
-                self._emit(sequence, outcome.sampled, outcome.row)
+                self._emit(sequence, outcome)
 
     def _begin_anew(self, suspects: list[Sequence]) -> None:
         """The slots' caches are lost."""
@@ -236,10 +238,10 @@ class Engine:
         for sequence in filter(None, self._slots):
             sequence.begin_anew(suspect=sequence in suspects)
 
-    def _emit(self, sequence: Sequence, sampled: Sampled, row: int) -> None:
+    def _emit(self, sequence: Sequence, outcome: Outcome) -> None:
         """Hands a new token out, and ends the answer where it ends."""
         params, now = sequence.request.params, time.monotonic()
-        token = token_of(sampled, row, params.logprobs)
+        token = token_of(outcome.sampled, outcome.row, outcome.index, params.logprobs)
         sequence.answer.append(token.id)
         if len(sequence.answer) <= sequence.handed_out:
             return

@@ -37,9 +37,9 @@ class FaultyProgram:
                 if fault.kind == "not_finite":
                     not_finite |= rows
                 else:
-                    self._happen(fault)
+                    self._happen(fault, steps=1 if batch.guessed else max(1, int(batch.emit.max())))
         sampled = self._program.run(batch)
-        return sampled.replace(ok=sampled.ok & ~not_finite)
+        return sampled.replace(ok=sampled.ok & ~not_finite[:, None])
 
     def put_adapter(self, slot: int, vector: np.ndarray, rank: int) -> None:
         """As `Program.put_adapter`, where no fault is due."""
@@ -53,10 +53,10 @@ class FaultyProgram:
         fault.times -= 1
         return fault.times >= 0
 
-    def _happen(self, fault: Fault) -> None:
+    def _happen(self, fault: Fault, steps: int = 1) -> None:
         log.warning("FAULTS: %s:%s", fault.place, fault.kind)
         if fault.kind == "slow":
-            return time.sleep(fault.seconds)
+            return time.sleep(fault.seconds * steps)
         if fault.kind == "state_lost":
             jax.tree.map(lambda array: array.delete(), self._program.state)
         self._broken = fault.kind == "broken"

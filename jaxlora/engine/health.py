@@ -64,11 +64,12 @@ class Health:
         """A request got its slot after so many seconds."""
         self._observe(QUEUE, seconds)
 
-    def stepped(self, decoding: bool) -> None:
-        """The decode step of a turn has ended; or in this turn there was nothing to decode."""
-        before, self._stepped = self._stepped, self._clock() if decoding else None
+    def stepped(self, steps: int) -> None:
+        """A turn with so many decode steps has ended; 0 where there was nothing to decode."""
+        before, self._stepped = self._stepped, self._clock() if steps else None
         if before is not None and self._stepped is not None:
-            self._observe(TOKEN, self._stepped - before)
+            for _ in range(steps):
+                self._observe(TOKEN, (self._stepped - before) / steps)
 
     def adapter_failed(self, adapter: Hashable | None, error: ServingError) -> None:
         """A request failed: not for a reason that passes, so it may be its adapter."""

@@ -31,7 +31,7 @@ from jaxlora.weights import Weights
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """The bounds that fix every shape: serving slots, tokens of a sequence, tokens of a prefill step, adapters on the device, ranks;
-    and how many tokens of a greedy answer may be guessed for a step."""
+    how many tokens of a greedy answer may be guessed for a step; and how many decode steps one call may run."""
 
     slots: int
     max_seq_len: int
@@ -40,6 +40,7 @@ class Sizes:
     max_lora_rank: int
     output_layer: bool = False
     guesses: int = 0
+    decode_steps: int = 1
 
 
 # The rows that a step with guesses may have. With more of them arithmetic takes the time, and not the weights' way through memory.
@@ -84,11 +85,11 @@ class Program:
         self.guess_sizes = tuple(size for size in self.batch_sizes if size <= MAX_GUESSED_ROWS) if guesses else ()
 
     def run(self, batch: Batch) -> Sampled:
-        """One step: reads the rows' tokens, stores their keys and values, and samples a next token for every row (with guesses, at every
-        position). Waits for the result."""
+        """Reads the rows' tokens, stores their keys and values, and samples a next token for every row (with guesses, at every position);
+        then the same with these, as often as `batch.emit` says. Waits for the result."""
         step, arguments, static = self._call(batch, self.bank, self.state)
         self.state, sampled = step(*arguments, **static)
-        return sampling.unpack(np.asarray(sampled), batch.guessed)
+        return sampling.unpack(np.asarray(sampled))
 
     def allocate(self) -> None:
         """Makes the adapter bank and the state, all that the program will ever need."""
@@ -188,6 +189,30 @@ class Program:
         self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, packed: Array, *, every_slot: bool
     ) -> tuple[State, Array]:
         batch = in_step(packed)
+
+        def step(state: State, tokens: Array, starts: Array) -> tuple[State, Sampled]:
+            now = dataclasses.replace(batch, tokens=tokens, starts=starts)
+            return self._sample(weights, rotations, bank, state, now, every_slot)
+
+        if batch.tokens.shape[1] > 1:
+            state, sampled = step(state, batch.tokens, batch.starts)
+            return state, sampling.pack(sampled)[:, None]
+
+        def another(index: Array, carry: tuple[State, Array, Array, Array]) -> tuple[State, Array, Array, Array]:
+            state, tokens, starts, out = carry
+            state, sampled = step(state, tokens, starts)
+            out = jax.lax.dynamic_update_slice(out, sampling.pack(sampled)[:, None], (0, index, 0))
+            return state, sampled.tokens[:, None], starts + batch.lengths, out
+
+        out = jnp.zeros((len(packed), self.sizes.decode_steps, sampling.WIDTH), jnp.int32)
+        steps = jnp.clip(jnp.max(batch.emit), 1, self.sizes.decode_steps)
+        state, _, _, out = jax.lax.fori_loop(0, steps, another, (state, batch.tokens, batch.starts, out))
+        return state, out
+
+    def _sample(
+        self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, batch: Fields, every_slot: bool
+    ) -> tuple[State, Sampled]:
+        """One token for each row."""
         slots, starts, lengths = batch.slots, batch.starts, batch.lengths
         hidden, cache, linears = self._forward(weights, rotations, bank, state, batch, every_slot)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
@@ -196,8 +221,7 @@ class Program:
         if batch.tokens.shape[1] > 1:
             history = sampling.record_prompt(history, slots, batch.tokens, starts, lengths)
         sampled = sampling.sample(logits, batch.sampler, starts + lengths, history, slots, self.backend.argmax_logsumexp)
-        history = sampling.record_answer(history, slots, sampled.tokens, batch.emit != 0)
-        return State(cache, history), sampling.pack(sampled)
+        return State(cache, sampling.record_answer(history, slots, sampled.tokens, batch.emit != 0)), sampled
 
     def _trace_guesses(
         self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, packed: Array
@@ -208,7 +232,8 @@ class Program:
         best, total = self.backend.argmax_logsumexp(logits.reshape(-1, logits.shape[-1]))
         best, total = best.reshape(batch.tokens.shape), total.reshape(batch.tokens.shape)
         finite = jnp.isfinite(total) | (jnp.arange(total.shape[1]) >= batch.lengths[:, None])
-        return State(cache, state.history), sampling.pack(Sampled(best, None, None, None, finite.all(axis=1)))
+        ok = jnp.broadcast_to(finite.all(axis=1, keepdims=True), best.shape)
+        return State(cache, state.history), sampling.pack(Sampled(best, None, None, None, ok))
 
     def _forward(
         self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, batch: Fields, every_slot: bool = False

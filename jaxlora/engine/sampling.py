@@ -13,6 +13,7 @@ from flax import struct
 from jax import Array
 
 TOP = 20
+WIDTH = 3 + 2 * TOP  # values of a row that `pack` gives, with its probabilities
 
 
 @struct.dataclass
@@ -35,7 +36,8 @@ class SamplerRows:
 @struct.dataclass
 class Sampled:
     """`tokens`, `logprobs` `[B]` and the best `top_ids`, `top_logprobs` `[B, TOP]` (zeros where no row asked); `ok` is False for a row
-    whose logits are not finite. After a step with guesses `tokens` is `[B, T]`, one for each position, and there are no probabilities."""
+    whose logits are not finite. On the host a second axis counts the tokens that a row got in a step; there are no probabilities after a
+    step with guesses."""
 
     tokens: Array
     logprobs: Array | None
@@ -45,19 +47,18 @@ class Sampled:
 
 
 def pack(sampled: Sampled) -> Array:
-    """All of it in one array, int32 `[B, N]`."""
-    parts = [sampled.ok.astype(jnp.int32), sampled.tokens, sampled.logprobs, sampled.top_ids, sampled.top_logprobs]
-    columns = [part.reshape(part.shape[0], -1) for part in parts if part is not None]
-    return jnp.concatenate([jax.lax.bitcast_convert_type(part, jnp.int32) for part in columns], axis=1)
+    """All of it in one array, int32 `[..., N]`."""
+    ok, parts = sampled.ok.astype(jnp.int32), (sampled.tokens, sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
+    columns = [part.reshape(*ok.shape, -1) for part in (ok, *parts) if part is not None]
+    return jnp.concatenate([jax.lax.bitcast_convert_type(part, jnp.int32) for part in columns], axis=-1)
 
 
-def unpack(packed: np.ndarray, guessed: bool) -> Sampled:
-    """What `pack` was given, on the host; `guessed` after a step with guesses."""
-    ok = packed[:, 0] != 0
-    if guessed:
-        return Sampled(packed[:, 1:], None, None, None, ok)
-    logprobs, top_ids, top_logprobs = packed[:, 2], packed[:, 3 : 3 + TOP], packed[:, 3 + TOP :]
-    return Sampled(packed[:, 1], logprobs.view(np.float32), top_ids, top_logprobs.view(np.float32), ok)
+def unpack(packed: np.ndarray) -> Sampled:
+    """What `pack` was given, on the host."""
+    ok, tokens, rest = packed[..., 0] != 0, packed[..., 1], packed[..., 2:]
+    if not rest.shape[-1]:
+        return Sampled(tokens, None, None, None, ok)
+    return Sampled(tokens, rest[..., 0].view(np.float32), rest[..., 1 : 1 + TOP], rest[..., 1 + TOP :].view(np.float32), ok)
 
 
 @struct.dataclass

@@ -51,12 +51,19 @@ class Sequence:
         self.guessed = []
         if params.temperature > 0 or params.penalised or params.logprobs is not None or params.bad_words or self.banned():
             return False
-        # The last token that it may have needs no step after it.
-        room = min(params.max_tokens, max_seq_len - len(prompt)) - len(self.answer) - 1
+        room = self.room(max_seq_len) - 1  # the last token that it may have needs no step after it
         if room > 0:
             self.lookup = self.lookup or Lookup(prompt)
             self.guessed = self.lookup.guess(self.answer, min(most, room))
         return True
+
+    def room(self, max_seq_len: int) -> int:
+        """How many tokens its answer may still have."""
+        return min(self.request.params.max_tokens, max_seq_len - len(self.request.prompt)) - len(self.answer)
+
+    def steps(self, most: int, max_seq_len: int) -> int:
+        """How many tokens, up to so many, the device may generate by itself: what must not come next is for the host to say."""
+        return 1 if self.request.params.bad_words or self.banned() else min(most, self.room(max_seq_len))
 
     def deadline(self, queue_timeout_s: float) -> float:
         """When it has waited too long, in seconds of `time.monotonic`: for a slot, or as its own time-out says."""
@@ -92,13 +99,13 @@ def prefill_batch(sequence: Sequence, chunk: int, vocab: int) -> Batch:
     return batch
 
 
-def decode_batch(sequences: list[Sequence], rows: list[int], size: int, vocab: int) -> Batch:
-    """One token of each sequence, in its row of `size` rows."""
+def decode_batch(sequences: list[Sequence], rows: list[int], size: int, steps: int, vocab: int) -> Batch:
+    """The last token of each sequence, in its row of `size` rows, for so many that follow."""
     batch = idle_batch(size, 1, vocab)
     for sequence, row in zip(sequences, rows, strict=True):
         batch.tokens[row, 0] = sequence.answer[-1]
         _fill(batch, row, sequence, 1)
-        batch.emit[row] = True
+        batch.emit[row] = steps
     return batch
 
 
@@ -109,6 +116,7 @@ def guess_batch(sequences: list[Sequence], size: int, guesses: int, vocab: int) 
         tokens = [sequence.answer[-1], *sequence.guessed]
         batch.tokens[row, : len(tokens)] = tokens
         _fill(batch, row, sequence, len(tokens))
+        batch.emit[row] = len(tokens)
     return batch
 
 
@@ -126,13 +134,13 @@ def _fill(batch: Batch, row: int, sequence: Sequence, length: int) -> None:
     sampler.banned[row, : len(banned)] = banned
 
 
-def token_of(sampled: Sampled, row: int, params_logprobs: int | None) -> Token:
-    """The sampled token of one row, with the log-probabilities that were asked for."""
-    id = int(sampled.tokens[row])
+def token_of(sampled: Sampled, row: int, index: int, params_logprobs: int | None) -> Token:
+    """One of the sampled tokens of one row, with the log-probabilities that were asked for."""
+    id = int(sampled.tokens[row, index])
     if params_logprobs is None:
         return Token(id, math.nan)
-    top = zip(sampled.top_ids[row, :params_logprobs].tolist(), sampled.top_logprobs[row, :params_logprobs].tolist())
-    return Token(id, float(sampled.logprobs[row]), tuple(top))
+    top = zip(sampled.top_ids[row, index, :params_logprobs].tolist(), sampled.top_logprobs[row, index, :params_logprobs].tolist())
+    return Token(id, float(sampled.logprobs[row, index]), tuple(top))
 
 
 def row_numbers(sequences: list[Sequence], by_slot: bool) -> list[int]:

@@ -7,8 +7,10 @@ A step of idle rows that fails as well shows that no request is to blame.
 """
 
 import dataclasses
+import functools
 import gc
 import logging
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -22,6 +24,9 @@ from jaxlora.errors import EngineError, ServingError, Unavailable
 
 log = logging.getLogger(__name__)
 
+# How long one call may take in which several decode steps run: whoever comes meanwhile waits for its end.
+_CALL_S = 0.05
+
 
 class Broken(Exception):
     """Steps fail whoever takes part in them: the engine can't go on."""
@@ -29,12 +34,13 @@ class Broken(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a step gave a sequence: `length` more tokens in the cache and a row of `sampled`, or the error that ends it."""
+    """What a step gave a sequence: `length` more tokens in the cache and a token of a row of `sampled`, or the error that ends it."""
 
     sequence: Sequence
     length: int = 0
     sampled: Sampled | None = None
     row: int = 0
+    index: int = 0
     error: ServingError | None = None
 
 
@@ -58,7 +64,8 @@ class Stepper:
         self._program, self._health, self._begin_anew, self._relieve = program, health, begin_anew, relieve
         self._by_slot = len(program.batch_sizes) == 1
         self._resets = 0
-        self.guessed = self.guessed_right = 0
+        self._step_s = 0.0  # what a decode step took in the last call
+        self.steps = self.guessed = self.guessed_right = 0
 
     def chunk(self, sequence: Sequence) -> int:
         """How many tokens the next prefill step of a sequence has, with those that fill it up."""
@@ -69,14 +76,18 @@ class Stepper:
         """The next chunk of each sequence's prompt; otherwise as `decode`."""
         return self._run(_Step("prefill", self._prefill_batch), sequences)
 
-    def decode(self, sequences: list[Sequence]) -> Iterator[Outcome]:
-        """The next token of each sequence, or several that were guessed, in one step if all is well. An outcome has to be dealt with before
-        the next one is asked for.
+    def decode(self, sequences: list[Sequence], expected: bool) -> Iterator[Outcome]:
+        """The next token of each sequence, in one call if all is well; or several tokens, which were guessed, or between which the host has
+        nothing to say. An outcome has to be dealt with before the next one is asked for.
+
+        Arguments:
+            expected: others wait, and could begin before any of these ends.
 
         Raises:
             Broken: it is no request's fault.
         """
-        return self._run(_Step("decode", self._guess_batch if self._guess(sequences) else self._decode_batch), sequences)
+        batch = self._guess_batch if self._guess(sequences) else functools.partial(self._decode_batch, 1 if expected else self._ahead(sequences))
+        return self._run(_Step("decode", batch), sequences)
 
     def put_adapter(self, slot: int, vector: np.ndarray, rank: int) -> None:
         """As `Program.put_adapter`; tries twice where memory is short.
@@ -113,10 +124,16 @@ class Stepper:
         (sequence,) = sequences
         return prefill_batch(sequence, self.chunk(sequence), self._program.config.vocab_size), [0]
 
-    def _decode_batch(self, sequences: list[Sequence]) -> tuple[Batch, list[int]]:
+    def _ahead(self, sequences: list[Sequence]) -> int:
+        """How many decode steps the next call has."""
+        sizes = self._program.sizes
+        most = min(sizes.decode_steps, max(1, int(_CALL_S / self._step_s))) if self._step_s else sizes.decode_steps
+        return min(sequence.steps(most, sizes.max_seq_len) for sequence in sequences) if most > 1 else 1
+
+    def _decode_batch(self, steps: int, sequences: list[Sequence]) -> tuple[Batch, list[int]]:
         size = next(size for size in self._program.batch_sizes if size >= len(sequences))
         rows = row_numbers(sequences, self._by_slot)
-        return decode_batch(sequences, rows, size, self._program.config.vocab_size), rows
+        return decode_batch(sequences, rows, size, steps, self._program.config.vocab_size), rows
 
     def _guess(self, sequences: list[Sequence]) -> bool:
         """Whether the next step has guesses."""
@@ -139,33 +156,38 @@ class Stepper:
 
     def _attempt(self, step: _Step, group: list[Sequence], last: bool = False) -> Iterator[Outcome]:
         batch, rows = step.batch(group)
+        begun = time.monotonic()
         try:
             sampled = self._program.run(batch)
         except Exception as error:
             log.warning("a %s step of %d rows failed: %s", step.name, len(group), cause_of(error))
             yield from self._recover(step, group, last, error)
             return
+        if step.name == "decode":
+            steps = 1 if batch.guessed else int(batch.emit.max())
+            self.steps, self._step_s = self.steps + steps, (time.monotonic() - begun) / steps
         for sequence, row in zip(group, rows, strict=True):
-            if not sampled.ok[row]:
-                self._health.fault(step.name, "not_finite")
-                self._program.clear(sequence.slot)
-                yield self._failed(sequence, EngineError("the model's logits are not finite", "not_finite"))
-            elif batch.guessed:
-                yield from self._compared(sequence, sampled, row)
-            else:
-                yield Outcome(sequence, int(batch.lengths[row]), sampled, row)
+            tokens = max(1, int(batch.emit[row]))
+            if batch.guessed:
+                tokens = 1 + self._right(sequence, sampled.tokens[row])
+            for index in range(tokens):
+                if not sampled.ok[row, index]:
+                    self._health.fault(step.name, "not_finite")
+                    self._program.clear(sequence.slot)
+                    yield self._failed(sequence, EngineError("the model's logits are not finite", "not_finite"))
+                else:
+                    yield Outcome(sequence, int(batch.lengths[row]) if step.name == "prefill" else 1, sampled, row, index)
+                if sequence.ended:
+                    break
 
-    def _compared(self, sequence: Sequence, sampled: Sampled, row: int) -> Iterator[Outcome]:
-        """The tokens of a step with guesses, as long as the guesses before them were right."""
-        guessed, right = sequence.guessed, 0
-        for at in range(1 + len(guessed)):
-            yield Outcome(sequence, 1, sampled.replace(tokens=sampled.tokens[:, at]), row)
-            if sequence.ended or at == len(guessed) or guessed[at] != sampled.tokens[row, at]:
-                break
-            right += 1
+    def _right(self, sequence: Sequence, tokens: np.ndarray) -> int:
+        """How many of a sequence's guesses are what the model chose: `tokens`, one for each place."""
+        guessed = sequence.guessed
+        right = next((at for at, guess in enumerate(guessed) if guess != tokens[at]), len(guessed))
         if guessed:
             self.guessed, self.guessed_right = self.guessed + len(guessed), self.guessed_right + right
             sequence.lookup.learn(right)
+        return right
 
     def _recover(self, step: _Step, group: list[Sequence], last: bool, error: Exception) -> Iterator[Outcome]:
         self._count(step.name, error, len(group))

@@ -188,6 +188,13 @@ class Kernels:
         return call(bank, piece, slot, rank, first, offsets=np.array(offsets, np.int64), ranks=np.int64(max_rank))
 
     @staticmethod
+    def embed(table: Array, tokens: Array) -> Array:
+        """float32 [..., n]: the rows of float32 or bfloat16 table [v, n] that int32 tokens [...] name. (XLA on CPUs would widen the whole
+        table where it takes rows of it in a loop.)"""
+        result = jax.ShapeDtypeStruct((tokens.size, table.shape[1]), jnp.float32)
+        return jax.ffi.ffi_call("jaxlora_embed", result)(table, tokens.reshape(-1)).reshape(*tokens.shape, -1)
+
+    @staticmethod
     def rms_norm(x: Array, scale: Array, eps: float) -> Array:
         """float32 [..., n]: the root-mean-square norm of x over its last axis, times float32 scale [n]."""
         rows = x.reshape(-1, x.shape[-1])

@@ -114,6 +114,12 @@ def _norm(kernels: Kernels) -> bool:
     return _close(*alone) and _close(*added)
 
 
+def _rows(kernels: Kernels) -> bool:
+    tokens = jnp.int32([[3, 0], [9, 3]])
+    tables = [jnp.asarray(_normal(10, 70), dtype) for dtype in ("float32", "bfloat16")]
+    return all(_close(kernels.embed(table, tokens), table[tokens]) for table in tables)
+
+
 def _gate(kernels: Kernels) -> bool:
     x = _normal(3, 140) * 4
     return _close(kernels.swiglu(x), twin_swiglu(x))
@@ -123,4 +129,4 @@ _CHECKS = {
     f"{name} in {dtype}": functools.partial(check, dtype)
     for name, check in (("linear", _linear), ("attention", _attention), ("lora", _lora))
     for dtype in ("float32", "bfloat16")
-} | {"causal_attention": _causal, "adapted_linear": _adapted, "argmax_logsumexp": _summary, "norms": _norm, "swiglu": _gate}
+} | {"causal_attention": _causal, "adapted_linear": _adapted, "argmax_logsumexp": _summary, "embed": _rows, "norms": _norm, "swiglu": _gate}

@@ -75,6 +75,7 @@ class LoraService:
             max_lora_rank=settings.max_lora_rank,
             output_layer=bool(settings.lora_output_layer),
             guesses=settings.prompt_lookup_tokens,
+            decode_steps=settings.decode_steps,
         )
         program = Program(self.config, loaded, chosen, sizes, dtype)
         program.warm_up(progress)

@@ -1,6 +1,7 @@
 """What is computed of each row on its own: the root-mean-square norm, alone and of a sum, and SwiGLU."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -48,6 +49,15 @@ def test_a_row_does_not_depend_on_the_others_nor_on_its_place(kernels: native.Ke
     whole = norm(x)
     for rows in (1, 2, 4, 7, 63, 64):
         assert same_bits(norm(x[3 : 3 + rows]), whole[3 : 3 + rows])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_embedded_tokens_are_rows_of_the_table(kernels: native.Kernels, dtype: str) -> None:
+    table = jnp.asarray(normal(6, 300, 70), dtype)
+    tokens = jnp.int32([[0, 299, 5], [5, 17, 0]])
+    got = jax.jit(kernels.embed)(table, tokens)
+    assert got.shape == (2, 3, 70) and same_bits(got, table[tokens].astype(jnp.float32))
+    assert same_bits(kernels.embed(table, jnp.int32([-1, 300])), table[jnp.int32([0, 299])].astype(jnp.float32)), "the nearest row"
 
 
 def test_leading_dimensions_stay(kernels: native.Kernels) -> None:

@@ -17,7 +17,7 @@ from .recording import condense
 from .serving import answers
 
 MAX_RANK = 16
-SIZES = Sizes(slots=4, max_seq_len=256, prefill_chunk=32, lora_slots=3, max_lora_rank=MAX_RANK, output_layer=True)
+SIZES = Sizes(slots=4, max_seq_len=256, prefill_chunk=32, lora_slots=3, max_lora_rank=MAX_RANK, output_layer=True, decode_steps=3)
 LIMITS = peft.Limits(max_rank=MAX_RANK, max_file_bytes=1 << 22, output_layer=True)
 _logits = jax.jit(model.logits, static_argnames="config")
 

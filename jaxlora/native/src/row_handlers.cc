@@ -1,4 +1,7 @@
 // What is computed for each row on its own: handlers that XLA calls.
+#include <algorithm>
+#include <cstring>
+
 #include "handlers.h"
 
 namespace jaxlora {
@@ -13,6 +16,31 @@ ffi::Error summarize(F32 logits, ffi::ResultBuffer<ffi::S32> argmax, ffi::Result
   Pool::instance().split(shape[0], [&](int64_t begin, int64_t end) {
     active->summarize(logits.typed_data(), argmax->typed_data(), logsumexp->typed_data(), shape[1], begin, end);
   });
+  return ffi::Error::Success();
+}
+
+// Rows of a table, widened to float32.
+ffi::Error embed(ffi::AnyBuffer table, S32 tokens, F32Result y) {
+  const auto shape = table.dimensions(), rows = y->dimensions();
+  const bool narrow = table.element_type() == ffi::BF16;
+  if (shape.size() != 2 || shape[0] == 0 || rows.size() != 2 || rows[1] != shape[1] || tokens.element_count() != static_cast<size_t>(rows[0]) ||
+      !(narrow || table.element_type() == ffi::F32)) {
+    return bad("embed takes a table [v, n] and tokens [m]");
+  }
+  const int64_t n = shape[1];
+  for (int64_t row = 0; row < rows[0]; ++row) {
+    const int64_t from = std::min<int64_t>(std::max<int64_t>(tokens.typed_data()[row], 0), shape[0] - 1) * n;
+    float* to = y->typed_data() + row * n;
+    if (!narrow) {
+      std::memcpy(to, static_cast<const float*>(table.untyped_data()) + from, n * sizeof(float));
+      continue;
+    }
+    const uint16_t* values = static_cast<const uint16_t*>(table.untyped_data()) + from;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t bits = static_cast<uint32_t>(values[i]) << 16;
+      std::memcpy(to + i, &bits, sizeof bits);
+    }
+  }
   return ffi::Error::Success();
 }
 
@@ -65,6 +93,7 @@ ffi::Error swiglu(F32 x, F32Result y) {
 
 }  // namespace
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_embed, embed, Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<S32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jaxlora_rms_norm, rms_norm, Ffi::Bind().Arg<F32>().Arg<F32>().Ret<F32>().Attr<float>("eps"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_add_norm, add_norm,
