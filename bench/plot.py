@@ -24,7 +24,7 @@ def main() -> None:
         return
     figure, axes = plt.subplots(len(precisions), 1, figsize=(11, 3.6 * len(precisions)), squeeze=False)
     for axis, (dtype, rows) in zip(axes[:, 0], precisions.items()):
-        draw(axis, rows)
+        draw(axis, [row for row in rows if row["answer"] > 1])
         axis.set_title(dtype)
         axis.set_ylabel("decode, tokens/s")
     machine = results["machine"]

@@ -85,7 +85,8 @@ class Session:
         for name in ids.keys() - refusals.keys():
             if reference in ids and all(ids[name]):
                 found[name]["agreement"] = {"with": reference, "share": measure.agreement(ids[name], ids[reference])}
-        self._say(f"  {row}: " + ", ".join(f"{name} {numbers['decode']['median']:.0f}" for name, numbers in found.items() if "decode" in numbers))
+        speed = "prefill" if row.answer == 1 else "decode"
+        self._say(f"  {row}: " + ", ".join(f"{name} {numbers[speed]['median']:.0f}" for name, numbers in found.items() if speed in numbers))
         return {**dataclasses.asdict(row), "systems": found}
 
     def turn(self, name: str, requests: Sequence[Request], concurrency: int) -> tuple[list[Answer], dict[str, Any]]:
@@ -98,12 +99,14 @@ class Session:
         time.sleep(SETTLE_S)
         begin, own, machine = time.monotonic(), processes.cpu_seconds(worker.driver_pid), processes.machine_seconds()
         answers = worker.run(requests, concurrency)
-        wall = (time.monotonic() - begin) * len(os.sched_getaffinity(0))
+        wall = time.monotonic() - begin
         own, machine = processes.cpu_seconds(worker.driver_pid) - own, processes.machine_seconds() - machine
         lengths = [answer.tokens for answer in answers]
         if lengths != [request.answer for request in requests]:
             raise DriverFailed(f"{name}: answers of {sorted(set(lengths))} tokens")
-        return answers, {"memory_bytes": processes.memory_bytes(worker.pid), "elsewhere": max(0.0, machine - own) / wall}
+        # Of less than a second the kernel's counters of hundredths tell too little.
+        elsewhere = max(0.0, machine - own) / (wall * len(os.sched_getaffinity(0))) if wall >= 1 else 0.0
+        return answers, {"memory_bytes": processes.memory_bytes(worker.pid), "elsewhere": elsewhere}
 
     def _start(self, name: str) -> None:
         system = DRIVERS[name]
