@@ -38,9 +38,8 @@ class Counting:
         if len(self.steps) == self.hold_after:
             self.gate.clear()
         last = batch.tokens[np.arange(len(batch.slots)), np.maximum(batch.lengths - 1, 0)]
-        count = max(1, int(batch.emit.max()))
-        self.tokens.append(count)
-        inputs = last[:, None] + np.arange(count)
+        self.tokens.append(batch.steps)
+        inputs = last[:, None] + np.arange(batch.steps)
         ok = ~((inputs == 666) & (batch.lengths[:, None] > 0))
         nothing = np.zeros(inputs.shape), np.zeros((*inputs.shape, TOP), np.int32), np.zeros((*inputs.shape, TOP))
         return Sampled((inputs + 1).astype(np.int32), *nothing, ok)

@@ -45,6 +45,11 @@ class Batch(Fields):
     packed: np.ndarray
     guessed: bool
 
+    @property
+    def steps(self) -> int:
+        """How many steps a call with it runs."""
+        return 1 if self.guessed else max(1, int(self.emit.max()))
+
 
 def idle_batch(rows: int, length: int, vocab: int, guessed: bool = False) -> Batch:
     """A batch whose rows do nothing: the start from which a real one is filled in."""

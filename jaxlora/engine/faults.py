@@ -37,7 +37,7 @@ class FaultyProgram:
                 if fault.kind == "not_finite":
                     not_finite |= rows
                 else:
-                    self._happen(fault, steps=1 if batch.guessed else max(1, int(batch.emit.max())))
+                    self._happen(fault, batch.steps)
         sampled = self._program.run(batch)
         return sampled.replace(ok=sampled.ok & ~not_finite[:, None])
 

@@ -164,8 +164,7 @@ class Stepper:
             yield from self._recover(step, group, last, error)
             return
         if step.name == "decode":
-            steps = 1 if batch.guessed else int(batch.emit.max())
-            self.steps, self._step_s = self.steps + steps, (time.monotonic() - begun) / steps
+            self.steps, self._step_s = self.steps + batch.steps, (time.monotonic() - begun) / batch.steps
         for sequence, row in zip(group, rows, strict=True):
             tokens = max(1, int(batch.emit[row]))
             if batch.guessed:

@@ -189,7 +189,7 @@ class Kernels:
 
     @staticmethod
     def embed(table: Array, tokens: Array) -> Array:
-        """float32 [..., n]: the rows of float32 or bfloat16 table [v, n] that int32 tokens [...] name. (XLA on CPUs would widen the whole
+        """float32 [..., n]: the rows of float32 or bfloat16 table [v, n] that int32 tokens [...] name, the nearest one where there is none. (XLA on CPUs would widen the whole
         table where it takes rows of it in a loop.)"""
         result = jax.ShapeDtypeStruct((tokens.size, table.shape[1]), jnp.float32)
         return jax.ffi.ffi_call("jaxlora_embed", result)(table, tokens.reshape(-1)).reshape(*tokens.shape, -1)

@@ -1,4 +1,4 @@
-"""What is computed of each row on its own: the root-mean-square norm, alone and of a sum, and SwiGLU."""
+"""What is computed of each row on its own: the root-mean-square norm, alone and of a sum, SwiGLU, and the rows of a table."""
 
 import jax
 import jax.numpy as jnp
