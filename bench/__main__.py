@@ -20,7 +20,7 @@ from bench.drivers import DRIVERS
 from bench.gguf_files import NoGguf, write_adapter, write_model
 from bench.session import Session
 from bench.worker import DriverFailed
-from bench.workloads import MIXES, Prompts, rows
+from bench.workloads import MIXES, PRECISIONS, Prompts, rows
 from jaxlora import huge_pages
 from jaxlora.checkpoint import resolve
 from jaxlora.config import ModelConfig
@@ -28,7 +28,6 @@ from jaxlora.settings import Settings
 from jaxlora.text import Tokenizer
 from server.repository import PROJECT
 
-DTYPES = ("float32", "bfloat16")
 
 
 def main() -> None:
@@ -57,7 +56,7 @@ def main() -> None:
     for dtype in options.dtypes if asked else ():
         say(f"{dtype}: {len(asked)} rows, {options.repeat} repetitions")
         # Nobody guesses tokens here: these are the speeds of the model. Scenario `lookup` has guesses.
-        setup = make_setup(dataclasses.replace(settings, dtype=dtype, prompt_lookup_tokens=0), model, config, prepared, options.systems, say)
+        setup = make_setup(dataclasses.replace(settings, **PRECISIONS[dtype], prompt_lookup_tokens=0), dtype, model, config, prepared, options.systems, say)
         with Session(setup, options.python, folder, say).systems(options.systems) as session:
             found = {"systems": session.describe(), "rows": []}
             results["precisions"][dtype] = found
@@ -83,7 +82,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measures this server and its peers side by side.")
     parser.add_argument("--systems", type=one_of(DRIVERS), default=list(DRIVERS), help=f"of {','.join(DRIVERS)}; those not installed are shown so")
-    parser.add_argument("--dtypes", type=one_of(DTYPES), default=list(DTYPES), help=f"of {','.join(DTYPES)}")
+    parser.add_argument("--dtypes", type=one_of(PRECISIONS), default=["float32", "bfloat16"], help=f"of {','.join(PRECISIONS)}")
     parser.add_argument("--shapes", type=shapes, default=shapes("64/64,512/64,64/1"), help="prompt/answer tokens; `none`: no rows")
     parser.add_argument("--streams", type=lambda text: [int(count) for count in text.split(",")], default=[1, 4, 8, 16], help="requests at a time")
     parser.add_argument("--mixes", type=one_of(MIXES), default=list(MIXES), help=f"of {','.join(MIXES)}")
@@ -117,31 +116,31 @@ def shapes(text: str) -> list[tuple[int, int]]:
 
 
 def make_setup(
-    settings: Settings, model: pathlib.Path, config: ModelConfig, prepared: adapters.Prepared, systems: Sequence[str], say: Any
+    settings: Settings, dtype: str, model: pathlib.Path, config: ModelConfig, prepared: adapters.Prepared, systems: Sequence[str], say: Any
 ) -> dict[str, Any]:
     """What every driver starts from; each takes what concerns it."""
     setup = {
-        "model": str(model), "dtype": settings.dtype, "environment": settings.environment(), "repository": str(prepared.repository),
+        "model": str(model), "dtype": dtype, "environment": settings.environment(), "repository": str(prepared.repository),
         "store": str(prepared.store), "adapters": {name: str(folder) for name, folder in zip(prepared.names, prepared.folders)},
         "slots": settings.max_slots, "max_seq_len": settings.max_seq_len, "max_rank": max(adapters.RANKS),
         "llama_server": str(PROJECT / ".venv-bench-llama/bin/llama-server"), "vllm": str(PROJECT / ".venv-bench-vllm/bin/vllm"),
     }  # fmt: skip
     if "llama" in systems:
         try:
-            setup |= gguf_setup(settings, model, config, prepared, say)
+            setup |= gguf_setup(settings, dtype, model, config, prepared, say)
         except NoGguf as reason:
             say(str(reason))
     return setup
 
 
-def gguf_setup(settings: Settings, model: pathlib.Path, config: ModelConfig, prepared: adapters.Prepared, say: Any) -> dict[str, Any]:
+def gguf_setup(settings: Settings, dtype: str, model: pathlib.Path, config: ModelConfig, prepared: adapters.Prepared, say: Any) -> dict[str, Any]:
     """GGUF files of the base model and of the adapters; made once."""
-    folder = settings.cache_dir / "bench" / "gguf" / f"{model.name}-{settings.dtype}"
+    folder = settings.cache_dir / "bench" / "gguf" / f"{model.name}-{dtype}"
     folder.mkdir(parents=True, exist_ok=True)
     base = folder / "model.gguf"
     if not base.exists():
-        say(f"writing {base.name} ({settings.dtype})")
-        write_model(model, base, config, settings.dtype)
+        say(f"writing {base.name} ({dtype})")
+        write_model(model, base, config, dtype)
     files = {name: folder / f"{name.replace('/', '-')}.gguf" for name in prepared.names}
     for source, target in zip(prepared.folders, files.values()):
         if not target.exists():
@@ -154,7 +153,7 @@ def measure_gemm(session: Session, gemm: dict[str, dict[str, float]]) -> None:
     for name in ("engine", "peft"):
         if name in session.running:
             for dtype, speed in session.running[name].worker.call("limits").items():
-                gemm[dtype][name] = max(speed, gemm[dtype].get(name, 0.0))
+                gemm.setdefault(dtype, {})[name] = max(speed, gemm.get(dtype, {}).get(name, 0.0))
 
 
 def weights_per_token(config: ModelConfig) -> int:

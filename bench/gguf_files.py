@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from jaxlora import peft
 from jaxlora.config import ModelConfig
 
-TYPES = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}
+TYPES = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16, "int8": gguf.GGMLQuantizationType.Q8_0}
 _ARCHITECTURE = "llama"
 _CONTROL = int(gguf.TokenType.CONTROL)
 
@@ -88,7 +88,9 @@ class _Writer(gguf.GGUFWriter):
 
 def _add(writer: gguf.GGUFWriter, name: str, tensor: np.ndarray, dtype: str) -> None:
     tensor = np.ascontiguousarray(tensor, np.float32)
-    writer.add_tensor(name, gguf.quants.quantize(tensor, TYPES[dtype]), raw_dtype=TYPES[dtype])
+    block, _ = gguf.GGML_QUANT_SIZES[TYPES[dtype]]
+    kind = TYPES["bfloat16" if tensor.shape[-1] % block else dtype]
+    writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
 
 
 def _permuted(name: str, tensor: np.ndarray, config: ModelConfig) -> np.ndarray:

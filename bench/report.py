@@ -9,12 +9,11 @@ from typing import Any
 
 from bench import measure
 from bench.drivers import DRIVERS
-from bench.workloads import Row
+from bench.workloads import WEIGHT_BYTES, Row
 from server.repository import PROJECT
 
 BUSY_ELSEWHERE = 0.05
 PLOT_PYTHON = PROJECT / ".venv-bench" / "bin" / "python"
-TYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def write(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
@@ -51,17 +50,21 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def bound(results: Mapping[str, Any], dtype: str) -> float:
     """Tokens/s of one stream that reads every weight once a token at the memory bandwidth of the run."""
-    return results["limits"]["read_bytes_per_s"] / (results["weights_per_token"] * TYPE_BYTES[dtype])
+    return results["limits"]["read_bytes_per_s"] / (results["weights_per_token"] * WEIGHT_BYTES[dtype])
 
 
 def ratios(row: Mapping[str, Any], ours: str) -> dict[str, measure.Spread]:
-    """One of our systems over each peer, turn by turn, by peer; answers of one token have no speed of decoding."""
+    """One of our systems over each peer, turn by turn, by peer. Answers of one token have no speed of decoding, nor have those of streams
+    that never generate together: there the whole answers count."""
     systems = row["systems"]
     if "turns" not in systems.get(ours, {}):
         return {}
-    metric = "prefill" if row["answer"] == 1 else "decode"
-    speeds = lambda name: [turn[metric] for turn in systems[name]["turns"]]
-    return {name: measure.ratio(speeds(ours), speeds(name)) for name, found in systems.items() if "turns" in found and not DRIVERS[name].ours}
+    def ratio(peer: str) -> measure.Spread:
+        together = all(systems[name]["together"] for name in (ours, peer))
+        metric = "prefill" if row["answer"] == 1 else "decode" if together else "output"
+        return measure.ratio(*([turn[metric] for turn in systems[name]["turns"]] for name in (ours, peer)))
+
+    return {name: ratio(name) for name, found in systems.items() if "turns" in found and not DRIVERS[name].ours}
 
 
 def _machine(results: Mapping[str, Any]) -> str:
@@ -122,7 +125,10 @@ def _ratio_section(rows: Sequence[Mapping[str, Any]], names: Sequence[str], labe
             cells = [f"{found[peer].median:.2f} ({found[peer].low:.2f} to {found[peer].high:.2f})" if peer in found else "" for peer in peers]
             lines.append([label(row), *cells, f"{best.median:.2f}" if best else ""])
         if any(any(line[1:]) for line in lines):
-            title = f"**Decode speed {DRIVERS[ours].title}, as a multiple of each peer's (turn by turn; of prompts where an answer is one token)**"
+            title = (
+                f"**Decode speed {DRIVERS[ours].title}, as a multiple of each peer's (turn by turn; of prompts where an answer is one token, of whole"
+                " answers where the streams of one of the two never all generate together)**"
+            )
             parts += [title, table(["prompt/answer", *(f"over {DRIVERS[peer].title}" for peer in peers), "over the best"], lines)]
     return parts
 

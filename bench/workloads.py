@@ -10,8 +10,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from bench.worker import Request
+from jaxlora.int8 import GROUP
 from jaxlora.text import Tokenizer
 
+PRECISIONS = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "quantization": "int8"},
+}
+"""The settings of each."""
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 2 / GROUP}
 MIXES = {"base": "base model", "one": "one adapter", "mixed": "16 adapters"}
 
 

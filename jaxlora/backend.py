@@ -17,6 +17,7 @@ from jax import Array
 
 from jaxlora import kv_cache, lora, native
 from jaxlora.config import ModelConfig
+from jaxlora.int8 import Int8
 from jaxlora.kv_cache import Rows
 from jaxlora.lora import Bank, BankLayout, RowAdapters
 from jaxlora.model import GATE_UP, QKV, Attend, Elements, Linears, PlainElements, PlainLinears, heads
@@ -157,12 +158,13 @@ class NativePacking:
     kernels: native.Kernels
     groups = (QKV, ("o_proj",), GATE_UP, ("down_proj",))
 
-    def dense(self, kernels: list[Array], biases: list[Array | None]) -> PackedDense:
+    def dense(self, kernels: list[Array] | list[Int8], biases: list[Array | None]) -> PackedDense:
         bias = None
         if any(bias is not None for bias in biases):
             parts = [jnp.zeros(kernel.shape[1]) if b is None else b.astype(jnp.float32) for kernel, b in zip(kernels, biases)]
             bias = jnp.concatenate(parts)
-        return PackedDense(self.kernels.pack_linear(jnp.concatenate(kernels, axis=1) if len(kernels) > 1 else kernels[0]), bias)
+        joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *kernels) if len(kernels) > 1 else kernels[0]
+        return PackedDense(self.kernels.pack_linear(joined), bias)
 
     def activations(self, dtype: jnp.dtype) -> jnp.dtype:
         return jnp.dtype(jnp.float32)

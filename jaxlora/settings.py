@@ -108,6 +108,10 @@ class Settings:
         "auto", _one_of("auto", "float32", "bfloat16"),
         "type of the weights and of the KV cache; `auto`: bfloat16 on GPUs, TPUs and CPUs with native kernels, where it is faster, else float32",
     )  # fmt: skip
+    quantization: str = _setting(
+        "none", _one_of("none", "int8"),
+        "`int8`: the linear layers of the base model in 8 bits, half the memory of bfloat16; faster on CPUs with native kernels",
+    )  # fmt: skip
     max_slots: int = _setting(16, _whole(1, 1024), "sequences that are generated at the same time, those in reserved slots aside")
     reserved_slots: int = _setting(2, _whole(0, 1024), "slots beside these, for adapters that hold less than an equal share of them; 0: none")
     max_seq_len: int = _setting(2048, _whole(16, 1 << 20), "prompt and answer together, in tokens")

@@ -18,19 +18,21 @@ from safetensors import SafetensorError, safe_open
 from jaxlora.checkpoint.folder import WEIGHTS, weight_files
 from jaxlora.config import OUTPUT_LAYER, ModelConfig
 from jaxlora.errors import SetupError
+from jaxlora.int8 import Int8, quantize
 
 
 @struct.dataclass
 class Dense:
     """A linear layer for XLA: `kernel` is `[in, out]`, the layout that reads at memory speed for few rows; `bias` is `[out]` or None."""
 
-    kernel: Array
+    kernel: Array | Int8
     bias: Array | None = None
 
     def __call__(self, x: Array) -> Array:
         """`[..., in] -> [..., out]` in the dtype of `x`; float32 products are not rounded to a shorter type on accelerators."""
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        y = jnp.matmul(x, self.kernel, precision=precision)
+        kernel = self.kernel.widen(x.dtype) if isinstance(self.kernel, Int8) else self.kernel
+        y = jnp.matmul(x, kernel, precision=precision)
         return y if self.bias is None else y + self.bias
 
     def transposed(self, y: Array) -> Array:
@@ -68,7 +70,7 @@ class Packing(Protocol):
 
     groups: tuple[tuple[str, ...], ...]
 
-    def dense(self, kernels: list[Array], biases: list[Array | None]) -> Any:
+    def dense(self, kernels: list[Array] | list[Int8], biases: list[Array | None]) -> Any:
         """One layer from the kernels `[in, out]` and biases of a group."""
 
     def activations(self, dtype: jnp.dtype) -> jnp.dtype:
@@ -80,7 +82,7 @@ class PlainPacking:
 
     groups = (("q_proj",), ("k_proj",), ("v_proj",), ("o_proj",), ("gate_proj",), ("up_proj",), ("down_proj",))
 
-    def dense(self, kernels: list[Array], biases: list[Array | None]) -> Dense:
+    def dense(self, kernels: list[Array] | list[Int8], biases: list[Array | None]) -> Dense:
         return Dense(kernels[0], biases[0])
 
     def activations(self, dtype: jnp.dtype) -> jnp.dtype:
@@ -125,6 +127,7 @@ def load(
     dtype: str = "float32",
     progress: Callable[[int, int], None] = lambda done, total: None,
     packing: "Packing | None" = None,
+    int8: bool = False,
 ) -> Weights:
     """Reads a checkpoint (one file or sharded with an index) tensor by tensor, straight to the default device.
 
@@ -133,12 +136,13 @@ def load(
         dtype: `float32` or `bfloat16`, of the weights on the device.
         progress: called with (tensors read, tensors in all).
         packing: how linear layers are laid out; by default each on its own, as XLA and training want them.
+        int8: linear layers, the output layer too, become `Int8`; biases, norms and the table of embeddings stay of type `dtype`.
 
     Raises:
         SetupError: names every tensor that is missing, of a wrong shape or of a type that is not floating point.
     """
     table = tensor_table(config)
-    tensors: dict[str, Array] = {}
+    tensors: dict[str, Array | Int8] = {}
     problems: list[str] = []
     for name, tensor in _tensors(pathlib.Path(folder), set(table), problems):
         if tuple(tensor.shape) != table[name]:
@@ -146,8 +150,8 @@ def load(
         elif not jnp.issubdtype(tensor.dtype, jnp.floating):
             problems.append(f"{name} has type {tensor.dtype}; only floating-point checkpoints are supported")
         else:
-            transpose = tensor.ndim == 2 and name != "model.embed_tokens.weight"
-            tensors[name] = _place(tensor, dtype=dtype, transpose=transpose)
+            linear = tensor.ndim == 2 and name != "model.embed_tokens.weight"
+            tensors[name] = quantize(tensor.T) if linear and int8 else (tensor.T if linear else tensor).astype(dtype)
         progress(len(tensors), len(table))
     missing = [name for name in table if name not in tensors and not any(problem.startswith(name) for problem in problems)]
     if missing:
@@ -155,7 +159,7 @@ def load(
         problems.append(f"the checkpoint lacks {len(missing)} tensors: {shown}{' ...' if len(missing) > 8 else ''}")
     if problems:
         raise SetupError("\n".join(problems))
-    return _assemble(config, tensors, packing or PlainPacking())
+    return _assemble(config, tensors, packing or PlainPacking(), int8)
 
 
 def _tensors(folder: pathlib.Path, wanted: set[str], problems: list[str]) -> Iterator[tuple[str, Array]]:
@@ -174,11 +178,7 @@ def _tensors(folder: pathlib.Path, wanted: set[str], problems: list[str]) -> Ite
         problems.append(f"the checkpoint can't be read: {error}")
 
 
-def _place(tensor: Array, *, dtype: str, transpose: bool) -> Array:
-    return (tensor.T if transpose else tensor).astype(dtype)
-
-
-def _assemble(config: ModelConfig, tensors: dict[str, Array], packing: Packing) -> Weights:
+def _assemble(config: ModelConfig, tensors: dict[str, Array | Int8], packing: Packing, int8: bool) -> Weights:
     # Tensors leave `tensors` as they are packed, so that a packed and an unpacked model never lie in memory together.
     def dense(layer: int | None, names: tuple[str, ...]) -> Any:
         paths = [config.module_path(layer, name) for name in names]
@@ -199,6 +199,7 @@ def _assemble(config: ModelConfig, tensors: dict[str, Array], packing: Packing) 
 
     embed = tensors.pop("model.embed_tokens.weight")
     with ThreadPoolExecutor(os.cpu_count()) as packers:
-        head = packers.submit(packing.dense, [embed.T], [None]) if config.tied else packers.submit(dense, None, (OUTPUT_LAYER,))
+        tied = quantize(embed.T) if config.tied and int8 else embed.T
+        head = packers.submit(packing.dense, [tied], [None]) if config.tied else packers.submit(dense, None, (OUTPUT_LAYER,))
         layers = tuple(packers.map(layer, range(config.num_layers)))
         return Weights(embed, layers, norm("model.norm"), head.result())

@@ -196,6 +196,16 @@ def test_the_report_shows_speeds_ratios_and_what_is_not_there(tmp_path):
     assert "not to be relied on" not in text
 
 
+def test_streams_that_never_generate_together_are_compared_by_whole_answers():
+    found = json.loads(json.dumps(RESULTS))
+    [row] = found["precisions"]["float32"]["rows"]
+    for turn in row["systems"]["llama"]["turns"]:
+        turn["output"] = 20.0
+    assert report.ratios(row, "engine")["llama"].median == 10
+    row["systems"]["llama"]["together"] = True
+    assert report.ratios(row, "engine")["llama"].median == 4
+
+
 def test_the_report_warns_of_a_busy_machine():
     busy = json.loads(json.dumps(RESULTS))
     busy["precisions"]["float32"]["rows"][0]["systems"]["engine"]["elsewhere"] = 0.3

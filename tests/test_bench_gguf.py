@@ -15,9 +15,9 @@ from jaxlora.checkpoint.conversion import convert
 from jaxlora.config import ModelConfig
 
 VOCABULARY = 512
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 5e4, "rms_norm_eps": 1e-5}
-HEAD = 4
+HEAD = 8
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def folder(tmp_path_factory, default_model):
         if path != "lm_head"
     }
     norms = ["model.norm", *(f"model.layers.{layer}.{name}_layernorm" for layer in range(2) for name in ("input", "post_attention"))]
-    tensors |= {f"{name}.weight": random.standard_normal(16, np.float32) for name in norms}
-    tensors["model.embed_tokens.weight"] = random.standard_normal((VOCABULARY, 16), np.float32)
+    tensors |= {f"{name}.weight": random.standard_normal(32, np.float32) for name in norms}
+    tensors["model.embed_tokens.weight"] = random.standard_normal((VOCABULARY, 32), np.float32)
     save_file(tensors, folder / "model.safetensors")
     return folder
 
@@ -64,6 +64,18 @@ def test_bfloat16_is_for_matrices_only(tmp_path, folder):
     assert {kind for name, kind in kinds.items() if "norm" not in name} == {"BF16"}
 
 
+def test_int8_is_for_rows_of_whole_blocks(tmp_path, folder):
+    write_model(folder, tmp_path / "it.gguf", ModelConfig.from_folder(folder), "int8")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "it.gguf").tensors}
+    kinds = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+    assert {kind for name, kind in kinds.items() if "norm" in name} == {"F32"}
+    assert {kind for name, kind in kinds.items() if "ffn_down" in name} == {"BF16"}, "rows of 48 values, and a block has 32"
+    assert {kind for name, kind in kinds.items() if "norm" not in name and "ffn_down" not in name} == {"Q8_0"}
+    expected = load_file(folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    found = gguf.quants.dequantize(tensors["blk.0.ffn_up.weight"].data, gguf.GGMLQuantizationType.Q8_0)
+    np.testing.assert_allclose(found, expected, atol=np.abs(expected).max() / 250)
+
+
 def test_an_adapters_change_is_the_same_after_writing(tmp_path, folder):
     config = ModelConfig.from_folder(folder)
     adapter = adapters.random_adapter(config, 4, seed=0)
@@ -77,7 +89,7 @@ def test_an_adapters_change_is_the_same_after_writing(tmp_path, folder):
         change = tensors[f"{kind}.weight.lora_b"] @ tensors[f"{kind}.weight.lora_a"]
         expected = adapter.modules[module].b @ adapter.modules[module].a
         if kind.endswith("attn_q"):  # neighbours of a head lie half a head apart in the checkpoint
-            expected = expected.reshape(-1, 2, HEAD // 2, 16).transpose(0, 2, 1, 3).reshape(change.shape)
+            expected = expected.reshape(-1, 2, HEAD // 2, 32).transpose(0, 2, 1, 3).reshape(change.shape)
         np.testing.assert_allclose(change, expected, rtol=1e-5, atol=1e-7)
 
 

@@ -40,8 +40,8 @@ def start(backend, folder):
         found.set_result(adapters[name])
         return found
 
-    def make(sizes=SIZES, dtype="float32", limits=Limits()):
-        loaded = weights.load(folder / "base", config, dtype, packing=backend.packing)
+    def make(sizes=SIZES, dtype="float32", limits=Limits(), int8=False):
+        loaded = weights.load(folder / "base", config, dtype, packing=backend.packing, int8=int8)
         program = Program(config, loaded, backend, sizes, dtype)
         program.warm_up()
         engine = Engine(program, read, limits)
@@ -130,8 +130,9 @@ def test_the_sizes_of_the_engine_do_not_show(start, alone, backend):
             assert np.allclose([token.logprob for token in tokens], [token.logprob for token in expected], atol=1e-4)
 
 
-def test_rows_are_alone_in_bfloat16_too(start):
-    engine, _ = start(dtype="bfloat16")
+@pytest.mark.parametrize("int8", [False, True])
+def test_rows_are_alone_in_shorter_types_too(start, int8):
+    engine, _ = start(dtype="bfloat16", int8=int8)
     expected = one_by_one(engine)
     sinks = [asked(engine, request) for request in requests()]
     assert [sink.tokens() for sink in sinks] == expected

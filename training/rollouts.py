@@ -20,6 +20,7 @@ from jaxlora.engine import Engine, Limits, Program, Request, Result, SamplingPar
 from jaxlora.errors import ServingError
 from jaxlora.lora import Adapter
 from jaxlora.peft import LoraPair
+from jaxlora.settings import Settings
 from jaxlora.weights import Dense, PlainPacking, Weights
 
 # Nobody else uses the engine, so a request that waits for a slot waits for its neighbours only.
@@ -127,8 +128,8 @@ class Sampler:
         longest = self._sampling.max_prompt + self._sampling.max_completion
         rank, output_layer = self._room
         sizes = Sizes(
-            slots=self._sampling.slots, max_seq_len=longest, prefill_chunk=min(128, longest), lora_slots=1, max_lora_rank=rank,
-            output_layer=output_layer, decode_steps=4,
+            slots=self._sampling.slots, max_seq_len=longest, prefill_chunk=min(Settings.prefill_chunk, longest), lora_slots=1,
+            max_lora_rank=rank, output_layer=output_layer, decode_steps=Settings.decode_steps,
         )  # fmt: skip
         program = Program(self._config, self._weights, self._backend, sizes, self._sampling.dtype)
         program.warm_up(self._progress)

@@ -12,6 +12,7 @@ from bench.worker import Answer, Request, serve
 from jaxlora.engine import Request as EngineRequest
 from jaxlora.engine import Result, SamplingParams, Token
 from jaxlora.errors import ServingError
+from jaxlora.int8 import quantize
 from jaxlora.service.accounts import account_of
 from jaxlora.service.service import LoraService
 from jaxlora.settings import Settings
@@ -85,8 +86,9 @@ class EngineDriver:
         size, found = machine.GEMM_SIZE, {}
         x = jax.numpy.ones((size, size), jax.numpy.float32)
         product = jax.jit(kernels.linear)
-        for dtype in ("float32", "bfloat16"):
-            w = kernels.pack_linear(jax.numpy.ones((size, size), dtype))
+        ones = jax.numpy.ones((size, size))
+        for dtype, of_type in {"float32": ones, "bfloat16": ones.astype("bfloat16"), "int8": quantize(ones)}.items():
+            w = kernels.pack_linear(of_type)
             found[dtype] = 2 * size**3 / machine.fastest(lambda: product(x, w).block_until_ready())
         return found
 

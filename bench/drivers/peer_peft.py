@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from bench.machine import GEMM_SIZE, fastest
-from bench.worker import Answer, Request, serve
+from bench.worker import Answer, Request, Unsupported, serve
 
 # What `adapter_names` calls the base model.
 BASE = "__base__"
@@ -32,6 +32,8 @@ class Clock(transformers.StoppingCriteria):
 class PeftDriver:
     def start(self, setup: dict[str, Any]) -> dict[str, Any]:
         torch.set_grad_enabled(False)
+        if setup["dtype"] == "int8":
+            raise Unsupported("int8 needs bitsandbytes, which is not installed")
         dtype = getattr(torch, setup["dtype"])
         model = transformers.AutoModelForCausalLM.from_pretrained(setup["model"], dtype=dtype)
         self._names = {name: f"adapter{index}" for index, name in enumerate(setup["adapters"])}

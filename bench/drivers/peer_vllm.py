@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.drivers import http_server
 from bench.load import closed_loop, server_sent_events, stamped
-from bench.worker import Answer, Request, serve
+from bench.worker import Answer, Request, Unsupported, serve
 from server.preflight import free_ports
 
 START_TIMEOUT_S = 600
@@ -25,6 +25,8 @@ class VllmDriver:
         self._port = 0
 
     def start(self, setup: dict[str, Any]) -> dict[str, Any]:
+        if setup["dtype"] == "int8":
+            raise Unsupported("it needs a checkpoint made for int8")
         [self._port] = free_ports(1)
         command = [
             # `vllm serve` looks for a package named vllm to tell its version, and this build has another name.

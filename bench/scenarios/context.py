@@ -9,7 +9,7 @@ from typing import Any
 
 from bench import adapters
 from bench.session import Session
-from bench.workloads import Prompts
+from bench.workloads import PRECISIONS, Prompts
 from jaxlora.config import ModelConfig
 from jaxlora.settings import Settings
 
@@ -37,7 +37,7 @@ class Context:
         return self.options.dtypes[-1]
 
     def settings_of(self, **changes: Any) -> Settings:
-        return dataclasses.replace(self.settings, dtype=self.dtype, **changes)
+        return dataclasses.replace(self.settings, **PRECISIONS[self.dtype], **changes)
 
     @contextlib.contextmanager
     def systems(self, names: list[str], prepared: adapters.Prepared, settings: Settings) -> Iterator[Session]:

@@ -1,4 +1,4 @@
-"""What bfloat16 costs in quality: perplexity of text, and how often the likeliest token is that of float32.
+"""What bfloat16 and int8 cost in quality: perplexity of text, and how often the likeliest token is that of float32.
 
 The text is this project's own documentation, which no model has been trained on. It is scored by the serving backend, with its weights,
 its key/value cache and its kernels, a chunk at a time.
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.scenarios.context import Context
+from bench.workloads import PRECISIONS
 from jaxlora import backend, weights
 from jaxlora.config import ModelConfig
 from jaxlora.kv_cache import KVCache, Rows
@@ -29,7 +30,7 @@ def measure(context: Context) -> dict[str, Any]:
     ids = [token for name in TEXTS for token in tokenizer.encode((PROJECT / name).read_text())]
     chunks = np.array(ids[: len(ids) // CHUNK * CHUNK], np.int32).reshape(-1, CHUNK)
     native_dir = context.settings.cache_dir / "native"
-    scores = {dtype: score(context.model, context.config, dtype, chunks, native_dir) for dtype in ("float32", "bfloat16")}
+    scores = {dtype: score(context.model, context.config, dtype, chunks, native_dir) for dtype in PRECISIONS}
     exact = scores["float32"]
     rows, found = [], {}
     for dtype, (losses, best) in scores.items():
@@ -51,7 +52,9 @@ def score(
     """For int32 chunks `[N, T]`: the negative log-likelihood in nats of each token after the first, and the likeliest token in its
     place, both `[N, T - 1]`."""
     chosen, _ = backend.choose(native_dir)
-    loaded = weights.load(model, config, dtype, packing=chosen.packing)
+    int8 = dtype == "int8"
+    dtype = PRECISIONS[dtype]["dtype"]
+    loaded = weights.load(model, config, dtype, packing=chosen.packing, int8=int8)
     layout = BankLayout.of(config, max_rank=1)
     bank = Bank.empty(layout, 1, dtype)
     cache = KVCache.empty(config, 1, CHUNK, CHUNK, dtype)

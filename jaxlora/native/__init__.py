@@ -5,9 +5,9 @@ Contract
 - `load(build_dir)` gives `Kernels`, or one line that says why there are none: no compiler, another machine, a CPU without AVX2,
   a build that gives wrong results. Nothing else here compiles or loads anything. The twins do the same in plain JAX, everywhere.
 - A row's result is the same bit for bit whatever the number of rows, its place among them, the other rows, the chunk a token came
-  in, and the number of threads. It differs between instruction sets and from the twins, within rounding.
+  in, and the number of threads. It differs between instruction sets (but for products with int8 weights) and from the twins, within rounding.
 - What is updated (caches, y) is updated in place: donate it, or let it be a value that nothing else uses.
-- Activations are float32; weights, caches and the bank of adapters are float32 or bfloat16.
+- Activations are float32; weights are float32, bfloat16 or int8, caches and the bank of adapters float32 or bfloat16.
 - `JAXLORA_NATIVE_THREADS` (default: the CPUs that the process may run on) and `JAXLORA_NATIVE_ISA` override what is found.
 
 Knows nothing of models, adapters as files, or the engine.

@@ -20,8 +20,8 @@ SOURCES = pathlib.Path(__file__).parent / "src"
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-w"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
 ISA_FLAGS = {
-    "avx512fp16": [*AVX512, "-mavx512fp16"],
-    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "avx512fp16": [*AVX512, "-mavx512fp16", "-mavx512vnni"],
+    "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
     "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma"],
 }

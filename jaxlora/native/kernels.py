@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from jaxlora.int8 import GROUP, Int8
 from jaxlora.native.twins import twin_attention
 
 Array = jax.Array
@@ -17,13 +18,14 @@ PANEL = 32  # columns of a panel; kPanel in src/kernels.h
 
 
 # What the weights of a `Packed` are, by the type that holds them.
-KINDS = {"float32": "f32", "float16": "f16", "uint32": "bf16"}
+KINDS = {"float32": "f32", "float16": "f16", "uint32": "bf16", "uint8": "i8"}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["k", "n"])
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Weights [k, n] as `linear` reads them: float32 or float16 [panels, k, 32], or pairs of bfloat16 as uint32 [panels, pairs of k, 32]."""
+    """Weights [k, n] as `linear` reads them: float32 or float16 [panels, k, 32], pairs of bfloat16 as uint32 [panels, pairs of k, 32], or
+    bytes of scales and int8 as uint8 [panels, groups of k, 32 * 2 + 32 * GROUP]."""
 
     data: Array
     k: int
@@ -43,8 +45,8 @@ class LoraModule(NamedTuple):
     width: int  # columns of y
 
 
-def pack_linear(w: np.ndarray | Array, halves: bool = False) -> Packed:
-    """Packs float32 or bfloat16 weights [k, n], once. Needs their size in host memory besides.
+def pack_linear(w: np.ndarray | Array | Int8, halves: bool = False) -> Packed:
+    """Packs float32, bfloat16 or int8 weights [k, n], once. Needs their size in host memory besides.
 
     Arguments:
         halves: bfloat16 weights become float16, unless some are so large that sums might leave its range.
@@ -52,6 +54,8 @@ def pack_linear(w: np.ndarray | Array, halves: bool = False) -> Packed:
     Raises:
         TypeError: another type or number of dimensions.
     """
+    if isinstance(w, Int8):
+        return _pack_int8(w)
     w = np.asarray(w)
     if w.ndim != 2 or w.dtype not in (np.float32, ml_dtypes.bfloat16):
         raise TypeError(f"weights are float32 or bfloat16 [k, n], not {w.dtype} {list(w.shape)}")
@@ -70,6 +74,21 @@ def pack_linear(w: np.ndarray | Array, halves: bool = False) -> Packed:
     return Packed(jnp.asarray(np.ascontiguousarray(data.reshape(k, panels, PANEL).transpose(1, 0, 2))), k, n)
 
 
+def _pack_int8(w: Int8) -> Packed:
+    k, n = w.shape
+    groups, panels = -(-k // GROUP), -(-n // PANEL)
+    # Without a sign, for an instruction that wants one factor so.
+    values = np.full((groups * GROUP, panels * PANEL), 128, np.uint8)
+    values[:k, :n] = np.asarray(w.values).view(np.uint8) + np.uint8(128)
+    scales = np.zeros((groups, panels * PANEL), np.uint16)
+    scales[:, :n] = np.asarray(w.scales).view(np.uint16)
+    data = np.empty((panels, groups, PANEL * (2 + GROUP)), np.uint8)
+    data[..., : PANEL * 2] = np.ascontiguousarray(scales.reshape(groups, panels, PANEL).transpose(1, 0, 2)).view(np.uint8)
+    quads = values.reshape(groups, GROUP // 4, 4, panels, PANEL).transpose(3, 0, 1, 4, 2)
+    data[..., PANEL * 2 :] = quads.reshape(panels, groups, PANEL * GROUP)
+    return Packed(jnp.asarray(data), k, n)
+
+
 def _fits_halves(w: np.ndarray) -> bool:
     # A sum has 32 products with values of x below 2. The bits of bfloat16 without the sign are in the order of the sizes, NaN last.
     limit = int(np.asarray(1000, ml_dtypes.bfloat16).view(np.uint16))
@@ -84,14 +103,14 @@ class Kernels:
     isa: str
     threads: int
 
-    def pack_linear(self, w: np.ndarray | Array) -> Packed:
+    def pack_linear(self, w: np.ndarray | Array | Int8) -> Packed:
         """As the function of that name, in the form that is fastest here."""
         return pack_linear(w, halves=self.isa == "avx512fp16")
 
     @staticmethod
     def linear(x: Array, w: Packed) -> Array:
         """float32 [..., n] = x [..., k] @ w, in float32; where the weights are bfloat16, `avx512bf16` rounds x to it, and `avx512fp16`
-        adds up in float16, 32 products at a time."""
+        adds up in float16, 32 products at a time; where they are int8, x is rounded to that, with a scale for each GROUP of a row."""
         rows = x.reshape(-1, w.k).astype(jnp.float32)
         result = jax.ShapeDtypeStruct((rows.shape[0], w.n), jnp.float32)
         return jax.ffi.ffi_call(f"jaxlora_linear_{w.kind}", result)(rows, w.data).reshape(*x.shape[:-1], w.n)

@@ -11,7 +11,7 @@ from jaxlora.native import build, selfcheck
 from jaxlora.native.kernels import Kernels
 
 _TARGETS = (
-    "linear_f32", "linear_bf16", "linear_f16", "attention", "causal", "causal_gradient", "adapted_f32", "adapted_bf16",
+    "linear_f32", "linear_bf16", "linear_f16", "linear_i8", "attention", "causal", "causal_gradient", "adapted_f32", "adapted_bf16",
     "adapted_gradient_f32", "adapted_gradient_bf16", "lora", "place", "summarize", "embed", "rms_norm", "add_norm", "swiglu",
 )  # fmt: skip
 _lock = threading.Lock()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxlora.int8 import GROUP, quantize
 from jaxlora.native.gradients import adapted_linear, causal_attention
 from jaxlora.native.kernels import Kernels, LoraModule, pack_linear
 from jaxlora.native.twins import (
@@ -44,6 +45,13 @@ def _linear(dtype: str, kernels: Kernels) -> bool:
     if packed.data.dtype == jnp.float16:
         return _near(kernels.linear(x, packed), want, 5e-3)
     return _close(kernels.linear(x, packed), want)
+
+
+def _int8(kernels: Kernels) -> bool:
+    x = np.round(_normal(17, 75) * 40).clip(-126, 126)
+    x[:, ::GROUP] = 127  # so that its scales are 1
+    w = quantize(_normal(75, 70))
+    return _close(kernels.linear(x, kernels.pack_linear(w)), twin_linear(x, w))
 
 
 def _attention(dtype: str, kernels: Kernels) -> bool:
@@ -129,4 +137,4 @@ _CHECKS = {
     f"{name} in {dtype}": functools.partial(check, dtype)
     for name, check in (("linear", _linear), ("attention", _attention), ("lora", _lora))
     for dtype in ("float32", "bfloat16")
-} | {"causal_attention": _causal, "adapted_linear": _adapted, "argmax_logsumexp": _summary, "embed": _rows, "norms": _norm, "swiglu": _gate}
+} | {"linear in int8": _int8, "causal_attention": _causal, "adapted_linear": _adapted, "argmax_logsumexp": _summary, "embed": _rows, "norms": _norm, "swiglu": _gate}

@@ -5,11 +5,15 @@ without the library. Results agree within rounding, not bit for bit: the order o
 import jax
 import jax.numpy as jnp
 
+from jaxlora.int8 import Int8
+
 Array = jax.Array
 
 
-def twin_linear(x: Array, w: Array) -> Array:
-    """float32 [..., n] = x [..., k] @ w [k, n], as `Kernels.linear` on packed weights."""
+def twin_linear(x: Array, w: Array | Int8) -> Array:
+    """float32 [..., n] = x [..., k] @ w [k, n], as `Kernels.linear` on packed weights; x is never rounded."""
+    if isinstance(w, Int8):
+        w = w.widen(jnp.float32)
     return jnp.matmul(x.astype(jnp.float32), w.astype(jnp.float32), precision="highest")
 
 

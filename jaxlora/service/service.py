@@ -65,8 +65,9 @@ class LoraService:
         chosen, line = backend.choose(settings.cache_dir / "native")
         progress(line)
         dtype = chosen.dtype if settings.dtype == "auto" else settings.dtype
-        progress(f"loading weights ({dtype})")
-        loaded = weights.load(folder, self.config, dtype, packing=chosen.packing)
+        int8 = settings.quantization == "int8"
+        progress(f"loading weights ({'int8, ' if int8 else ''}{dtype})")
+        loaded = weights.load(folder, self.config, dtype, packing=chosen.packing, int8=int8)
         sizes = Sizes(
             slots=settings.max_slots + settings.reserved_slots,
             max_seq_len=settings.max_seq_len,

@@ -9,11 +9,11 @@ from jaxlora.settings import Settings
 from .harness import Http, serving, text_of
 
 
-@pytest.fixture(scope="module")
-def http(tmp_path_factory, default_model):
+@pytest.fixture(scope="module", params=["none", "int8"])
+def http(request, tmp_path_factory, default_model):
     # The cache of `make serve`: the checkpoint is converted once on a machine.
     cache = Settings.read().cache_dir
-    with serving(tmp_path_factory.mktemp("default"), cache_dir=cache, max_slots=2, lora_slots=1, max_seq_len=512) as server:
+    with serving(tmp_path_factory.mktemp("default"), cache_dir=cache, max_slots=2, lora_slots=1, max_seq_len=512, quantization=request.param) as server:
         yield Http(server)
 
 

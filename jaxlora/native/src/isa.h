@@ -14,6 +14,7 @@ namespace {
 #include "simd.h"
 #include "linear.h"
 #include "halves.h"
+#include "int8.h"
 #include "norm.h"
 #include "attention.h"
 #include "causal.h"
@@ -34,6 +35,8 @@ namespace {
    JAXLORA_ISA::project_columns,     \
    JAXLORA_ISA::halve_rows,          \
    JAXLORA_ISA::linear_f16,          \
+   JAXLORA_ISA::quantize_rows,       \
+   JAXLORA_ISA::linear_i8,           \
    JAXLORA_ISA::store_new<float>,    \
    JAXLORA_ISA::store_new<uint16_t>, \
    JAXLORA_ISA::attend<float>,       \

@@ -39,6 +39,20 @@ struct LinearF16 {
   int64_t m, k, n;
 };
 
+// The same with weights of 8 bits: for each panel and group of k, 32 bfloat16 scales, then [quads of k][32][4] weights, each 128 more
+// than its value. x [m, groups, kGroup], scales and offsets [m, groups] are what `quantize_rows` made of float32 rows.
+struct LinearI8 {
+  const int8_t* x;
+  const float* scales;
+  const int32_t* offsets;
+  const uint8_t* w;
+  float* y;
+  int64_t m, groups, n;
+};
+
+constexpr int64_t kGroup = 32;  // values of k that share a scale
+constexpr int64_t kGroupBytes = kPanel * (kGroup + 2);
+
 // Row t of sequence b is at position starts[b] + t and lies in cache slot slots[b]; lengths[b] of its `t` rows are valid.
 //   qkv [b, t, heads + 2 kv, d], queries, keys and values as they come out of the products; out [b, t, heads, d];
 //   k_cache, v_cache [slots, kv, s, d]; cos, sin [positions, d / 2], by which queries and keys are turned;
@@ -107,6 +121,8 @@ struct Kernels {
   // Null where the instruction set lacks arithmetic on float16. Items as of the others.
   void (*halve_rows)(const float* x, uint32_t* halves, float* scales, int64_t k, int64_t row_begin, int64_t row_end);
   void (*linear_f16)(const LinearF16&, int64_t begin, int64_t end);
+  void (*quantize_rows)(const float* x, int8_t* values, float* scales, int32_t* offsets, int64_t k, int64_t row_begin, int64_t row_end);
+  void (*linear_i8)(const LinearI8&, int64_t begin, int64_t end);
   // Items of `store_new` are (sequence, kv head); of `attend` (sequence, tile, kv head), kv heads fastest.
   void (*store_new_f32)(const Attention&, int64_t begin, int64_t end);
   void (*store_new_bf16)(const Attention&, int64_t begin, int64_t end);

@@ -67,6 +67,19 @@ struct PairsBf16 {
 
 #endif
 
+// The first `columns` of two vectors, or all.
+INLINE void store_columns(float* y, const Vec (&values)[2], int columns) {
+  if (columns >= 2 * kWidth) {
+    store(y, values[0]);
+    store(y + kWidth, values[1]);
+  } else {
+    alignas(64) float lanes[2 * kWidth];
+    store(lanes, values[0]);
+    store(lanes + kWidth, values[1]);
+    __builtin_memcpy(y, lanes, static_cast<size_t>(columns) * sizeof(float));
+  }
+}
+
 // R rows of a panel, two vectors of columns at a time. k and stride count values of X. Meanwhile the weights that come next are
 // fetched into the second-level cache, `next_step` bytes a step, so that memory never waits for arithmetic.
 template <typename Step, int R>
@@ -88,52 +101,62 @@ void tile(const typename Step::X* x, const typename Step::W* w, const Update& up
       const float* b = update.b + j * kPanel + column;
       multiply_add(update.h + j, update.ranks, load(b), load(b + kWidth), acc);
     }
-    int width = columns - column;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      float* out = y + r * y_stride + column;
-      if (width >= 2 * kWidth) {
-        store(out, acc[r][0]);
-        store(out + kWidth, acc[r][1]);
-      } else {
-        alignas(64) float lanes[2 * kWidth];
-        store(lanes, acc[r][0]);
-        store(lanes + kWidth, acc[r][1]);
-        __builtin_memcpy(out, lanes, static_cast<size_t>(width) * sizeof(float));
-      }
+    for (int r = 0; r < R; ++r) store_columns(y + r * y_stride + column, acc[r], columns - column);
+  }
+}
+
+// body(rows as a constant), for a number of rows up to R.
+template <int R, typename Body>
+INLINE void with_rows(int64_t rows, const Body& body) {
+  if (rows == R) {
+    body(std::integral_constant<int, R>());
+  } else if constexpr (R > 1) {
+    with_rows<R - 1>(rows, body);
+  }
+}
+
+// A part of a product: some rows of one panel, and where the weights of the next panel lie of which it fetches its share, so many
+// bytes a step.
+struct Tile {
+  int64_t row, rows, panel;
+  const char* next;
+  int64_t next_step;
+};
+
+// body(tile) for items [begin, end) of y [m, n], in tiles of at most kRows rows. A panel has `bytes` and is read in so many steps.
+template <int kRows, typename Body>
+INLINE void each_tile(int64_t m, int64_t n, const void* w, int64_t bytes, int64_t steps, int64_t begin, int64_t end, const Body& body) {
+  const int64_t panel_count = panels(n);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t panel = item % panel_count, row_begin = item / panel_count * kRowBlock;
+    const int64_t rows = m - row_begin < kRowBlock ? m - row_begin : kRowBlock, tiles = (rows + kRows - 1) / kRows;
+    const int64_t next_step = kPanel * 4 / tiles;
+    const char* next = static_cast<const char*>(w) + (panel + 1) * bytes;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t row = rows * i / tiles;
+      body(Tile{row_begin + row, rows * (i + 1) / tiles - row, panel, next + i * steps * next_step, next_step});
     }
   }
 }
 
-template <typename Step, int R>
-INLINE void tile_of(int rows, const typename Step::X* x, const typename Step::W* w, const Update& update, float* y, int64_t k,
-                    int64_t n, int columns, const char* next, int64_t next_step) {
-  if (rows == R) {
-    tile<Step, R>(x, w, update, y, k, n, columns, next, next_step);
-  } else if constexpr (R > 1) {
-    tile_of<Step, R - 1>(rows, x, w, update, y, k, n, columns, next, next_step);
-  }
+INLINE int columns_of(int64_t n, int64_t panel) {
+  return static_cast<int>(n - panel * kPanel < kPanel ? n - panel * kPanel : kPanel);
 }
 
 // `k` counts values of X.
 template <typename Step>
 INLINE void linear(const Linear& a, int64_t k, int64_t begin, int64_t end) {
-  const int64_t steps = (k + Step::kDepth - 1) / Step::kDepth, panel_count = panels(a.n);
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t panel = item % panel_count, row_begin = item / panel_count * kRowBlock;
-    const int64_t rows = a.m - row_begin < kRowBlock ? a.m - row_begin : kRowBlock;
-    const int64_t columns = a.n - panel * kPanel < kPanel ? a.n - panel * kPanel : kPanel;
-    const auto* w = static_cast<const typename Step::W*>(a.w) + panel * steps * kPanel;
-    const int64_t tiles = (rows + Step::kRows - 1) / Step::kRows;
-    const int64_t next_step = kPanel * 4 / tiles;  // each tile fetches its share of the next panel
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t row = row_begin + rows * i / tiles, after = row_begin + rows * (i + 1) / tiles;
-      const Update update{a.update.h + row * a.update.ranks, a.update.b + panel * a.update.ranks * kPanel, a.update.ranks};
-      tile_of<Step, Step::kRows>(static_cast<int>(after - row), static_cast<const typename Step::X*>(a.x) + row * k, w, update,
-                                 a.y + row * a.n + panel * kPanel, k, a.n, static_cast<int>(columns),
-                               reinterpret_cast<const char*>(w + steps * kPanel) + i * steps * next_step, next_step);
-    }
-  }
+  const int64_t steps = (k + Step::kDepth - 1) / Step::kDepth, values = steps * kPanel;
+  const auto* x = static_cast<const typename Step::X*>(a.x);
+  const auto* w = static_cast<const typename Step::W*>(a.w);
+  each_tile<Step::kRows>(a.m, a.n, w, values * sizeof *w, steps, begin, end, [&](const Tile& t) {
+    const Update update{a.update.h + t.row * a.update.ranks, a.update.b + t.panel * a.update.ranks * kPanel, a.update.ranks};
+    with_rows<Step::kRows>(t.rows, [&](auto rows) {
+      tile<Step, decltype(rows)::value>(x + t.row * k, w + t.panel * values, update, a.y + t.row * a.n + t.panel * kPanel, k, a.n,
+                                        columns_of(a.n, t.panel), t.next, t.next_step);
+    });
+  });
 }
 
 void linear_f32(const Linear& a, int64_t begin, int64_t end) {

@@ -16,10 +16,10 @@ ffi::Error check(Shape x, Shape w, Shape y, int64_t k_of_step) {
   return ffi::Error::Success();
 }
 
-// Shares the panels of w [k, n], of `size` bytes a value, among the threads.
+// Shares the panels of w [k, n], of `bytes` each, among the threads.
 template <typename Body>
-void multiply(const void* w, int64_t size, int64_t m, int64_t k, int64_t n, const Body& body, int64_t grain = 1) {
-  Order::instance().reading(w, static_cast<size_t>(panels(n) * kPanel * k * size));
+void multiply(const void* w, int64_t bytes, int64_t m, int64_t n, const Body& body, int64_t grain = 1) {
+  Order::instance().reading(w, static_cast<size_t>(panels(n) * bytes));
   Pool::instance().split((m + kRowBlock - 1) / kRowBlock * panels(n), body, grain);
 }
 
@@ -31,7 +31,7 @@ constexpr int64_t kStep = kBf16 ? 2 : 1;
 template <bool kBf16>
 void product(const float* x, const void* w, float* y, int64_t m, int64_t k, int64_t n, const Update& update, void* space) {
   const Linear a{rows_for(kBf16, x, m, k, space), w, y, m, k, n, update};
-  multiply(w, kBf16 ? 2 : 4, m, k, n,
+  multiply(w, kPanel * k * (kBf16 ? 2 : 4), m, n,
            [&](int64_t begin, int64_t end) { (kBf16 ? active->linear_bf16 : active->linear_f32)(a, begin, end); });
 }
 
@@ -53,7 +53,21 @@ ffi::Error linear_f16(F32 x, ffi::Buffer<ffi::F16> w, F32Result y) {
   auto* scales = reinterpret_cast<float*>(halves + m * k);
   prepare_rows(m, k, [&](int64_t begin, int64_t end) { active->halve_rows(x.typed_data(), halves, scales, k, begin, end); });
   const LinearF16 a{halves, scales, static_cast<const uint16_t*>(w.untyped_data()), y->typed_data(), m, k, n};
-  multiply(a.w, 2, m, k, n, [&](int64_t begin, int64_t end) { active->linear_f16(a, begin, end); }, 2);
+  multiply(a.w, kPanel * k * 2, m, n, [&](int64_t begin, int64_t end) { active->linear_f16(a, begin, end); }, 2);
+  return ffi::Error::Success();
+}
+
+ffi::Error linear_i8(F32 x, ffi::Buffer<ffi::U8> w, F32Result y) {
+  const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
+  if (xs.size() != 2 || ws.size() != 3 || ys.size() != 2) return bad("linear takes x [m, k], packed w and y [m, n]");
+  const int64_t m = xs[0], k = xs[1], n = ys[1], groups = (k + kGroup - 1) / kGroup;
+  if (ys[0] != m || ws[0] != panels(n) || ws[1] != groups || ws[2] != kGroupBytes) return bad("the weights were packed for another shape");
+  auto* values = static_cast<int8_t*>(scratch.reserve(static_cast<size_t>(m * groups) * (kGroup + sizeof(float) + sizeof(int32_t))));
+  auto* scales = reinterpret_cast<float*>(values + m * groups * kGroup);
+  auto* offsets = reinterpret_cast<int32_t*>(scales + m * groups);
+  prepare_rows(m, k, [&](int64_t begin, int64_t end) { active->quantize_rows(x.typed_data(), values, scales, offsets, k, begin, end); });
+  const LinearI8 a{values, scales, offsets, w.typed_data(), y->typed_data(), m, groups, n};
+  multiply(a.w, groups * kGroupBytes, m, n, [&](int64_t begin, int64_t end) { active->linear_i8(a, begin, end); });
   return ffi::Error::Success();
 }
 
@@ -121,6 +135,7 @@ ffi::Error adapted_gradient(F32 x, F32 h, ffi::AnyBuffer w, F32 a, F32 b, F32 sl
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_linear_f32, linear<false>, JAXLORA_LINEAR);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_linear_bf16, linear<true>, JAXLORA_LINEAR);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_linear_f16, linear_f16, Ffi::Bind().Arg<F32>().Arg<ffi::Buffer<ffi::F16>>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_linear_i8, linear_i8, Ffi::Bind().Arg<F32>().Arg<ffi::Buffer<ffi::U8>>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_adapted_f32, adapted<false>, JAXLORA_ADAPTED);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_adapted_bf16, adapted<true>, JAXLORA_ADAPTED);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_adapted_gradient_f32, adapted_gradient<false>, JAXLORA_ADAPTED_GRADIENT);

@@ -26,10 +26,10 @@ bool avx512() {
 // fast.
 const Isa kIsas[] = {
 #ifdef JAXLORA_AVX512FP16
-    {&kAvx512Fp16, [] { return avx512() && __builtin_cpu_supports("avx512fp16"); }, [] { return true; }},
+    {&kAvx512Fp16, [] { return avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512fp16"); }, [] { return true; }},
 #endif
 #ifdef JAXLORA_AVX512BF16
-    {&kAvx512Bf16, [] { return avx512() && __builtin_cpu_supports("avx512bf16"); }, [] { return !__builtin_cpu_is("intel"); }},
+    {&kAvx512Bf16, [] { return avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"); }, [] { return !__builtin_cpu_is("intel"); }},
 #endif
 #ifdef JAXLORA_AVX512
     {&kAvx512, avx512, [] { return true; }},
