@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxlora import huge_pages, native
 from jaxlora.config import Rope
+from jaxlora.int8 import GROUP, quantize
 from jaxlora.model import rotation
 
 LAYERS, HIDDEN, MLP, HEADS, KV, HEAD, VOCABULARY = 30, 576, 1536, 9, 3, 64, 49152
@@ -54,7 +55,8 @@ def normal(*shape: int) -> np.ndarray:
 
 
 def weights(kernels: native.Kernels, shape: tuple[int, int], dtype: str, count: int = LAYERS) -> list[native.Packed]:
-    packed = kernels.pack_linear(jnp.asarray(normal(*shape), dtype))
+    w = normal(*shape)
+    packed = kernels.pack_linear(quantize(w) if dtype == "int8" else jnp.asarray(w, dtype))
     return [dataclasses.replace(packed, data=jnp.array(packed.data, copy=True)) for _ in range(count)]
 
 
@@ -63,14 +65,14 @@ def bench_linear(kernels: native.Kernels, repeat: int) -> None:
     for name, shape in {**SHAPES, "head": (HIDDEN, VOCABULARY)}.items():
         count = 1 if name == "head" else LAYERS
         plain = [jnp.array(normal(*shape)) for _ in range(count)]
-        packed = {dtype: weights(kernels, shape, dtype, count) for dtype in ("float32", "bfloat16")}
+        packed = {dtype: weights(kernels, shape, dtype, count) for dtype in ("float32", "bfloat16", "int8")}
         for rows in (1, 4, 16, 128, 512):
             x = normal(rows, shape[0])
             variants = {"XLA float32": functools.partial(each(native.twin_linear), x, plain)}
             for dtype, w in packed.items():
                 variants[dtype] = functools.partial(each(kernels.linear), x, w)
             for variant, timing in measure(variants, repeat).items():
-                size = 2 if variant == "bfloat16" else 4
+                size = {"bfloat16": 2, "int8": 1 + 2 / GROUP}.get(variant, 4)
                 values = count * shape[0] * shape[1]
                 print(
                     f"{name:8} {rows:4} rows  {variant:12} {timing}  {values * size / timing.median / 1e9:6.1f} GB/s"
