@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bench.worker import Request
-from jaxlora.int8 import GROUP
+from jaxlora import int8_size
 from jaxlora.text import Tokenizer
 
 PRECISIONS = {
@@ -19,7 +19,7 @@ PRECISIONS = {
     "int8": {"dtype": "bfloat16", "quantization": "int8"},
 }
 """The settings of each."""
-WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 2 / GROUP}
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": int8_size.WEIGHT_BYTES}
 MIXES = {"base": "base model", "one": "one adapter", "mixed": "16 adapters"}
 
 

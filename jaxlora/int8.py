@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-GROUP = 32  # values of k that share a scale; kGroup in native/src/kernels.h
+from jaxlora.int8_size import GROUP
 
 
 @struct.dataclass

@@ -8,8 +8,11 @@ from safetensors.numpy import load_file
 
 from jaxlora import weights
 from jaxlora.config import ModelConfig
-from jaxlora.int8 import GROUP, Int8, quantize
+from jaxlora.int8 import Int8, quantize
+from jaxlora.int8_size import GROUP
 from jaxlora.model import logits
+from jaxlora.service import memory_estimate
+from jaxlora.settings import Settings
 from tests.parity import checkpoints
 
 
@@ -53,3 +56,11 @@ def test_embeddings_and_norms_keep_their_bits(tmp_path) -> None:
     loaded, tensors = weights.load(folder, ModelConfig.from_folder(folder), int8=True), load_file(folder / "model.safetensors")
     assert np.array_equal(loaded.embed, tensors["model.embed_tokens.weight"])
     assert np.array_equal(loaded.layers[1].input_norm, tensors["model.layers.1.input_layernorm.weight"])
+
+
+def test_the_memory_of_the_weights_is_told_before_they_are_loaded(tmp_path) -> None:
+    folder = checkpoints.write_checkpoint(tmp_path / "base", "llama")
+    config = ModelConfig.from_folder(folder)
+    matrices = [leaf for leaf in jax.tree.leaves(weights.load(folder, config, int8=True)) if leaf.ndim > 1]
+    told = memory_estimate(Settings(dtype="float32", quantization="int8"), config)["weights"]
+    assert sum(leaf.nbytes for leaf in matrices) == pytest.approx(told, rel=0.02)

@@ -18,7 +18,8 @@ import numpy as np
 
 from jaxlora import huge_pages, native
 from jaxlora.config import Rope
-from jaxlora.int8 import GROUP, quantize
+from jaxlora.int8 import quantize
+from jaxlora.int8_size import WEIGHT_BYTES
 from jaxlora.model import rotation
 
 LAYERS, HIDDEN, MLP, HEADS, KV, HEAD, VOCABULARY = 30, 576, 1536, 9, 3, 64, 49152
@@ -72,7 +73,7 @@ def bench_linear(kernels: native.Kernels, repeat: int) -> None:
             for dtype, w in packed.items():
                 variants[dtype] = functools.partial(each(kernels.linear), x, w)
             for variant, timing in measure(variants, repeat).items():
-                size = {"bfloat16": 2, "int8": 1 + 2 / GROUP}.get(variant, 4)
+                size = {"bfloat16": 2, "int8": WEIGHT_BYTES}.get(variant, 4)
                 values = count * shape[0] * shape[1]
                 print(
                     f"{name:8} {rows:4} rows  {variant:12} {timing}  {values * size / timing.median / 1e9:6.1f} GB/s"

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxlora.int8 import GROUP, Int8
+from jaxlora.int8 import Int8
+from jaxlora.int8_size import GROUP
 from jaxlora.native.twins import twin_attention
 
 Array = jax.Array

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxlora.int8 import GROUP, quantize
+from jaxlora.int8 import quantize
+from jaxlora.int8_size import GROUP
 from jaxlora.native.gradients import adapted_linear, causal_attention
 from jaxlora.native.kernels import Kernels, LoraModule, pack_linear
 from jaxlora.native.twins import (

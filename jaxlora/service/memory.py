@@ -5,7 +5,7 @@ Plain arithmetic on settings and the model's shape.
 
 from jaxlora.config import OUTPUT_LAYER, ModelConfig
 from jaxlora.errors import SetupError
-from jaxlora.int8 import GROUP
+from jaxlora.int8_size import WEIGHT_BYTES
 from jaxlora.kv_length import cache_length
 from jaxlora.settings import Settings
 
@@ -28,7 +28,7 @@ def memory_estimate(settings: Settings, config: ModelConfig) -> dict[str, int]:
     slots = settings.max_slots + settings.reserved_slots
     length = cache_length(settings.max_seq_len, settings.prefill_chunk)
     return {
-        "weights": int(products * (1 + 2 / GROUP if settings.quantization == "int8" else size)) + size * config.vocab_size * config.hidden_size,
+        "weights": int(products * (WEIGHT_BYTES if settings.quantization == "int8" else size)) + size * config.vocab_size * config.hidden_size,
         "kv_cache": 2 * size * slots * length * config.num_layers * config.num_kv_heads * config.head_dim,
         "adapters": size * settings.lora_slots * settings.max_lora_rank * rank_row,
         "history": 5 * slots * config.vocab_size,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxlora import native
-from jaxlora.int8 import GROUP, Int8, quantize
+from jaxlora.int8 import Int8, quantize
+from jaxlora.int8_size import GROUP
 
 from .arrays import normal, same_bits
 from .conftest import ISAS
