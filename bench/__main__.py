@@ -29,7 +29,6 @@ from jaxlora.text import Tokenizer
 from server.repository import PROJECT
 
 
-
 def main() -> None:
     options = parse()
     folder = options.out or PROJECT / "runs" / "bench" / time.strftime("%Y%m%d-%H%M%S")
@@ -49,7 +48,7 @@ def main() -> None:
     results: dict[str, Any] = {
         "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "command": " ".join(sys.argv[1:]), "commit": commit(),
         "machine": machine.describe(), "model": settings.model, "weights_per_token": weights_per_token(config),
-        "limits": {"read_bytes_per_s": limits["read_bytes_per_s"], "gemm": {"float32": {"numpy": limits["gemm_float32"]}, "bfloat16": {}}},
+        "limits": {"read_bytes_per_s": limits["read_bytes_per_s"], "gemm": {"float32": {"numpy": limits["gemm_float32"]}, "bfloat16": {}, "int8": {}}},
         "precisions": {}, "scenarios": {},
     }  # fmt: skip
     asked = rows(options.shapes, options.streams, options.mixes)
@@ -153,7 +152,7 @@ def measure_gemm(session: Session, gemm: dict[str, dict[str, float]]) -> None:
     for name in ("engine", "peft"):
         if name in session.running:
             for dtype, speed in session.running[name].worker.call("limits").items():
-                gemm.setdefault(dtype, {})[name] = max(speed, gemm.get(dtype, {}).get(name, 0.0))
+                gemm[dtype][name] = max(speed, gemm[dtype].get(name, 0.0))
 
 
 def weights_per_token(config: ModelConfig) -> int:

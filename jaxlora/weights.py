@@ -197,9 +197,13 @@ def _assemble(config: ModelConfig, tensors: dict[str, Array | Int8], packing: Pa
             k_norm=norm(f"model.layers.{index}.self_attn.k_norm"),
         )
 
+    def head() -> Any:
+        if not config.tied:
+            return dense(None, (OUTPUT_LAYER,))
+        return packing.dense([quantize(embed.T) if int8 else embed.T], [None])
+
     embed = tensors.pop("model.embed_tokens.weight")
     with ThreadPoolExecutor(os.cpu_count()) as packers:
-        tied = quantize(embed.T) if config.tied and int8 else embed.T
-        head = packers.submit(packing.dense, [tied], [None]) if config.tied else packers.submit(dense, None, (OUTPUT_LAYER,))
+        packed_head = packers.submit(head)
         layers = tuple(packers.map(layer, range(config.num_layers)))
-        return Weights(embed, layers, norm("model.norm"), head.result())
+        return Weights(embed, layers, norm("model.norm"), packed_head.result())

@@ -70,35 +70,37 @@ INLINE Ints dot(Ints acc, Ints w, Ints x) {
 
 #else
 
+typedef int16_t Shorts __attribute__((vector_size(sizeof(Bits))));
+typedef uint16_t UnsignedShorts __attribute__((vector_size(sizeof(Bits))));
+
 struct Halves {  // in 16 bits: even and odd bytes
-  Bits even, odd;
+  Shorts even, odd;
 };
 
+// Sums of the products of neighbours.
 #ifdef __AVX512F__
 constexpr int kInt8Rows = kTileRows - 2;  // odd bytes of weights and of x take three registers more
 
-INLINE Halves of_weights(Ints w) {
-  return {_mm512_and_si512(bits(w), _mm512_set1_epi16(0xff)), _mm512_srli_epi16(bits(w), 8)};
-}
-INLINE Halves of_x(Ints x) {
-  return {_mm512_srai_epi16(_mm512_slli_epi16(bits(x), 8), 8), _mm512_srai_epi16(bits(x), 8)};
-}
-INLINE Ints dot(Ints acc, const Halves& w, const Halves& x) {
-  return acc + ints(_mm512_madd_epi16(w.even, x.even)) + ints(_mm512_madd_epi16(w.odd, x.odd));
+INLINE Ints multiply_pairs(Shorts a, Shorts b) {
+  return ints(_mm512_madd_epi16(reinterpret_cast<Bits>(a), reinterpret_cast<Bits>(b)));
 }
 #else
 constexpr int kInt8Rows = 4;
 
-INLINE Halves of_weights(Ints w) {
-  return {_mm256_and_si256(bits(w), _mm256_set1_epi16(0xff)), _mm256_srli_epi16(bits(w), 8)};
-}
-INLINE Halves of_x(Ints x) {
-  return {_mm256_srai_epi16(_mm256_slli_epi16(bits(x), 8), 8), _mm256_srai_epi16(bits(x), 8)};
-}
-INLINE Ints dot(Ints acc, const Halves& w, const Halves& x) {
-  return acc + ints(_mm256_madd_epi16(w.even, x.even)) + ints(_mm256_madd_epi16(w.odd, x.odd));
+INLINE Ints multiply_pairs(Shorts a, Shorts b) {
+  return ints(_mm256_madd_epi16(reinterpret_cast<Bits>(a), reinterpret_cast<Bits>(b)));
 }
 #endif
+
+INLINE Halves of_weights(Ints w) {
+  return {reinterpret_cast<Shorts>(w) & 0xff, reinterpret_cast<Shorts>(reinterpret_cast<UnsignedShorts>(w) >> 8)};
+}
+INLINE Halves of_x(Ints x) {
+  return {(reinterpret_cast<Shorts>(x) << 8) >> 8, reinterpret_cast<Shorts>(x) >> 8};
+}
+INLINE Ints dot(Ints acc, const Halves& w, const Halves& x) {
+  return acc + multiply_pairs(w.even, x.even) + multiply_pairs(w.odd, x.odd);
+}
 
 #endif
 
