@@ -41,6 +41,10 @@ class Backend(Elements, Protocol):
     def chunk_lengths(self, chunk: int) -> tuple[int, ...]:
         """The numbers of tokens that a prefill step may have, ascending; the last is `chunk`."""
 
+    def mixed_lengths(self, slots: int, chunk: int) -> tuple[int, ...]:
+        """The numbers of tokens that a step may have whose rows have any number of them each: parts of prompts, and single tokens of
+        answers. Ascending; none where that is not possible."""
+
     def bank_ranks(self, rank: int, max_rank: int) -> int:
         """How many ranks an adapter of that rank has to fill in the bank."""
 
@@ -50,7 +54,7 @@ class Backend(Elements, Protocol):
     def place(self, layout: BankLayout, bank: Bank, piece: Array, slot: Array, rank: Array, first: Array) -> Bank:
         """The bank with a piece of an adapter, packed for its `bank_ranks`, in a slot: from its value `first` on."""
 
-    def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
+    def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array, rows: Rows) -> Linears:
         """The model's linear layers with the adapter of bank slot `row_slots[b]` (int32 `[B]`, -1: none) applied to row b."""
 
     def argmax_logsumexp(self, logits: Array) -> tuple[Array, Array]:
@@ -86,6 +90,9 @@ class XlaBackend(PlainElements):
     def chunk_lengths(self, chunk: int) -> tuple[int, ...]:
         return (chunk,)
 
+    def mixed_lengths(self, slots: int, chunk: int) -> tuple[int, ...]:
+        return ()
+
     def bank_ranks(self, rank: int, max_rank: int) -> int:
         return max_rank  # rows compute with all of them
 
@@ -95,7 +102,7 @@ class XlaBackend(PlainElements):
     def place(self, layout: BankLayout, bank: Bank, piece: Array, slot: Array, rank: Array, first: Array) -> Bank:
         return lora.put(bank, piece, slot, rank)
 
-    def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
+    def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array, rows: Rows) -> Linears:
         return PlainLinears(config, RowAdapters(layout, bank, row_slots))
 
     def argmax_logsumexp(self, logits: Array) -> tuple[Array, Array]:
@@ -132,22 +139,24 @@ class NativeLinears:
     layout: BankLayout
     bank: Bank
     row_slots: Array
+    rows: Rows
 
     def own(self, layer: int | None) -> np.int32:
         return self.layout.start(layer)
 
     def __call__(self, dense: Mapping[str, PackedDense], own: Array, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:
         group = dense["+".join(names)]
-        rows = x.reshape(-1, x.shape[-1])
+        tokens = x.reshape(-1, x.shape[-1])
         spans = [self.layout.by_name.get(name) for name in names]
-        y = group(rows)
+        y = group(tokens)
         if None not in spans:  # the bank need not have adapters of the output layer
             ends = np.cumsum([span.out_features for span in spans]).tolist()
             modules = tuple(
                 native.LoraModule(span.a_offset, span.b_offset, end - span.out_features, span.out_features) for span, end in zip(spans, ends)
             )
-            slots = jnp.repeat(self.row_slots, rows.shape[0] // self.row_slots.shape[0])
-            y = native.Kernels.lora(y, rows, self.bank.data, own, slots, self.bank.ranks, modules=modules, max_rank=self.layout.max_rank)
+            one_each = x.shape[:2] == (len(self.row_slots), 1)
+            slots = self.row_slots if one_each else self.rows.of_tokens(self.row_slots, len(tokens))
+            y = native.Kernels.lora(y, tokens, self.bank.data, own, slots, self.bank.ranks, modules=modules, max_rank=self.layout.max_rank)
         return (y.reshape(*x.shape[:-1], -1),)
 
 
@@ -200,6 +209,12 @@ class NativeBackend:
         # A short prompt need not pay for a whole chunk.
         return tuple(sorted({max(chunk // 4, 2), max(chunk // 2, 2), chunk}))
 
+    def mixed_lengths(self, slots: int, chunk: int) -> tuple[int, ...]:
+        if slots == 1:
+            return ()
+        most = max(chunk, slots + chunk // 4)  # where all slots but one generate, a prompt is still read on
+        return tuple(sorted({max(-(-most * quarters // 4), 2) for quarters in (1, 2, 3, 4)}))
+
     def bank_ranks(self, rank: int, max_rank: int) -> int:
         return min(rank, max_rank)  # the kernel reads no others
 
@@ -210,8 +225,8 @@ class NativeBackend:
         data = native.Kernels.place(bank.data, piece, slot, rank, first, offsets=layout.offsets, max_rank=layout.max_rank)
         return Bank(data, bank.ranks.at[slot].set(rank))
 
-    def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array) -> Linears:
-        return NativeLinears(layout, bank, row_slots)
+    def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array, rows: Rows) -> Linears:
+        return NativeLinears(layout, bank, row_slots, rows)
 
     def embed(self, table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
         return native.Kernels.embed(table, tokens)
@@ -233,7 +248,7 @@ class NativeBackend:
 
         def attend(layer: Layer, caches: tuple[Array, Array], qkv: tuple[Array], window: int) -> tuple[Array, tuple[Array, Array]]:
             norms = (layer.q_norm, layer.k_norm) if config.qk_norm else None
-            where = rows.starts, rows.lengths, rows.slots
+            where = rows.starts, rows.lengths, rows.slots, rows.offsets
             out, *caches = native.Kernels.attention(*qkv, rotation, norms, *caches, *where, window=window, **options)
             return out.reshape(*out.shape[:2], -1), tuple(caches)
 

@@ -35,17 +35,26 @@ class Rows:
     """Which tokens of which slots a step computes.
 
     `slots`, `starts` and `lengths` are int32 `[B]`: the slot of a sequence, the position of its first token in this step, and how many
-    of its T tokens are real (0: an idle row). `every_slot` says that row b is slot b for all slots, which spares a gather.
+    of its tokens are real (0: an idle row). `offsets`, int32 `[B]`, ascending from 0: the number of its first token among all B T; it has
+    those up to the next sequence's first: T of them, but in mixed steps. `every_slot` says that row b is slot b for all slots,
+    which spares a gather.
     """
 
     slots: Array
     starts: Array
     lengths: Array
+    offsets: Array
     every_slot: bool = struct.field(pytree_node=False, default=False)
 
     def positions(self, length: int) -> Array:
         """int32 `[B, length]`."""
         return self.starts[:, None] + jnp.arange(length, dtype=jnp.int32)
+
+    def of_tokens(self, values: Array, count: int) -> Array:
+        """int32 `[count]` for all tokens: the value, of int32 `[B]` above -1, that their sequence has; -1 for what belongs to none."""
+        tokens, first = jnp.arange(count, dtype=jnp.int32), self.offsets[:, None]
+        own = (tokens >= first) & (tokens < first + self.lengths[:, None])
+        return jnp.max(jnp.where(own, values[:, None], -1), axis=0)
 
 
 def write(cache: Array, new: Array, rows: Rows) -> Array:

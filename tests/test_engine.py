@@ -120,6 +120,29 @@ def test_the_caches_are_updated_in_place(running, alone):
     assert places() == before
 
 
+def test_prompts_are_read_beside_answers_in_place_and_bitwise_as_alone(running, alone, monkeypatch):
+    engine, program = running
+    places = lambda: [array.unsafe_buffer_pointer() for array in (*program.state.cache.k, *program.state.cache.v)]  # noqa: E731
+    before, run, batches = places(), program.run, []
+    monkeypatch.setattr(program, "run", lambda batch: batches.append(batch) or run(batch))
+    wanted = list(requests())
+    sinks = {index: asked(engine, wanted[index]) for index in reversed(range(len(wanted)))}
+    assert [sinks[index].tokens() for index in range(len(wanted))] == alone
+    together = {batch.mixed for batch in batches if batch.reads.any() and (batch.lengths > batch.reads * batch.lengths).any()}
+    assert together <= set(program.mixed_lengths) and bool(together) == bool(program.mixed_lengths)
+    assert places() == before
+
+
+@pytest.mark.parametrize("slots", [2, 3, 16])
+def test_the_tokens_of_a_mixed_step_may_be_as_many_as_its_rows_or_fewer(start, alone, backend, slots):
+    engine, program = start(Sizes(slots=slots, max_seq_len=128, prefill_chunk=4, lora_slots=5, max_lora_rank=16))
+    if not program.mixed_lengths:
+        pytest.skip("plain XLA reads prompts apart")
+    assert slots in program.mixed_lengths or slots > program.mixed_lengths[0]
+    sinks = [asked(engine, request) for request in requests()]
+    assert [sink.tokens() for sink in sinks] == alone
+
+
 def test_the_sizes_of_the_engine_do_not_show(start, alone, backend):
     engine, _ = start(Sizes(slots=7, max_seq_len=200, prefill_chunk=64, lora_slots=5, max_lora_rank=16, decode_steps=5))
     other = one_by_one(engine)

@@ -127,7 +127,9 @@ def test_a_fault_ends_its_own_request_and_the_others_answer_as_ever(start, expec
     assert isinstance(error, kind) and re.search(told, str(error)), error
     assert ids(rest) == expected[0]
     assert len(first.tokens()) == 20
-    assert faults(engine) == counted
+    # A step that read prompts beside answers was tried again in its parts.
+    assert {(place, what) for place, what in faults(engine) if place != "mixed"} == counted
+    assert {("mixed", what) for _, what in counted} >= {(place, what) for place, what in faults(engine) if place == "mixed"}
     assert engine.load()["running"] == engine.load()["waiting"] == 0
     assert ids(others(engine)) == expected[0], "every slot and every adapter's slot is free again"
 
@@ -147,7 +149,7 @@ def test_fewer_rows_run_where_more_find_no_memory(start, expected):
     engine = start("decode:out_of_memory:rows=2", relieve=lambda: freed.append(1))
     assert ids(others(engine)) == expected[0]
     assert engine.health.allowed_rows() == 2 and engine.health.states()["memory"] is State.OPEN
-    assert len(freed) == engine.health.faults()["decode", "out_of_memory"] == 1
+    assert len(freed) == sum(engine.health.faults().values()) == 1 and faults(engine) <= {("decode", "out_of_memory"), ("mixed", "out_of_memory")}
 
 
 def test_an_adapter_that_cannot_be_placed_fails_its_request_alone(start, expected):

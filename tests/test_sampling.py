@@ -1,8 +1,10 @@
 """The sampler, held to NumPy accounts of the same rules."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -117,12 +119,11 @@ def test_penalties_follow_their_formulas(logits):
 
 def test_history_starts_anew_with_a_prompt_and_counts_the_answer():
     history = sampling.History(np.ones((2, 6), bool), np.ones((2, 6), np.int32))
-    tokens = np.array([[3, 4, 5, 0]], np.int32)
-    one = np.array([1], np.int32)
-    history = sampling.record_prompt(history, one, tokens, np.array([0]), np.array([2]))
+    record = jax.jit(functools.partial(sampling.record_prompt, count=1, slots=jnp.array([1, 0]), tokens=jnp.array([2, 3, 4, 5, 0])))
+    history = record(history, starts=np.array([0, 0]), lengths=np.array([2, 1]), offsets=np.array([1, 4]))
     assert history.prompt[1].tolist() == [0, 0, 0, 1, 1, 0] and not history.answer[1].any()
     assert history.prompt[0].all() and history.answer[0].all()
-    history = sampling.record_prompt(history, one, tokens, np.array([2]), np.array([3]))
+    history = record(history, starts=np.array([2, 9]), lengths=np.array([3, 1]), offsets=np.array([1, 4]))
     assert history.prompt[1].tolist() == [0, 0, 0, 1, 1, 1]
     history = sampling.record_answer(history, np.array([0, 1]), np.array([2, 2]), np.array([False, True]))
     assert history.answer[1].tolist() == [0, 0, 1, 0, 0, 0] and history.answer[0].tolist() == [1] * 6

@@ -61,9 +61,10 @@ def score(
 
     @jax.jit
     def scored(loaded: weights.Weights, cache: KVCache, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows = Rows(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), jnp.full(1, CHUNK, jnp.int32))
+        zero = jnp.zeros(1, jnp.int32)
+        rows = Rows(zero, zero, jnp.full(1, CHUNK, jnp.int32), zero)
         attend = chosen.attend(config, rotation(config.rope, config.head_dim, jnp.arange(CHUNK)), rows)
-        linears = chosen.linears(config, layout, bank, jnp.full(1, -1, jnp.int32))
+        linears = chosen.linears(config, layout, bank, jnp.full(1, -1, jnp.int32), rows)
         caches = list(zip(cache.k, cache.v))
         hidden, _ = forward(config, loaded, tokens[None], attend, linears, chosen, caches)
         logits = project(loaded, linears, hidden)[0, :-1]

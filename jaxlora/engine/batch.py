@@ -13,7 +13,7 @@ from jaxlora.engine.requests import MAX_BANNED
 from jaxlora.engine.sampling import SamplerRows
 
 # How a row of the array begins, in values of 4 bytes. Its tokens follow.
-_ROW = {name: (np.int32, 1) for name in ("slots", "starts", "lengths", "adapters", "emit")}
+_ROW = {name: (np.int32, 1) for name in ("slots", "starts", "lengths", "offsets", "reads", "adapters", "emit")}
 _SAMPLER = {
     "temperature": (np.float32, 1), "top_k": (np.int32, 1), "top_p": (np.float32, 1), "min_p": (np.float32, 1),
     "repetition": (np.float32, 1), "frequency": (np.float32, 1), "presence": (np.float32, 1), "key": (np.uint32, 2),
@@ -25,12 +25,15 @@ _HEAD = sum(width for _, width in (*_ROW.values(), *_SAMPLER.values()))
 @dataclasses.dataclass
 class Fields:
     """What the rows of a step are: NumPy arrays on the host, JAX arrays in the step. `tokens` int32 `[B, T]`; `slots`, `starts`, `lengths`,
+    `offsets` int32 `[B]` as in `kv_cache.Rows`; `reads` int32 `[B]` is 1 where a row's tokens belong to a prompt, and those rows come first;
     `adapters` int32 `[B]`; `emit` int32 `[B]` says how many tokens a row gets: 0 before the end of a prompt, otherwise 1, in a decode step
     any number, the same for all rows that have one, and in a step with guesses one for each position."""
 
     slots: Any
     starts: Any
     lengths: Any
+    offsets: Any
+    reads: Any
     adapters: Any
     emit: Any
     sampler: SamplerRows
@@ -40,10 +43,12 @@ class Fields:
 @dataclasses.dataclass
 class Batch(Fields):
     """The rows of one step on the host: views of parts of `packed`, int32 `[B, N]`. `guessed`: the tokens of a row after its first are
-    guesses, so a token is chosen at every position; greedily, and the history stays as it is."""
+    guesses, so a token is chosen at every position; greedily, and the history stays as it is. `mixed`: how many tokens a mixed step has,
+    whose rows have any number of them: they lie one behind the other in `tokens`, whatever row that is. 0 for other steps."""
 
     packed: np.ndarray
     guessed: bool
+    mixed: int
 
     @property
     def steps(self) -> int:
@@ -56,7 +61,15 @@ def idle_batch(rows: int, length: int, vocab: int, guessed: bool = False) -> Bat
     packed = np.repeat(_idle_row(length, vocab), rows, axis=0)
     fields = _take_apart(packed, np.ndarray.view)
     fields.slots[:] = np.arange(rows)
-    return Batch(**vars(fields), packed=packed, guessed=guessed)
+    fields.offsets[:] = np.arange(rows) * length
+    return Batch(**vars(fields), packed=packed, guessed=guessed, mixed=0)
+
+
+def idle_mixed_batch(rows: int, tokens: int, vocab: int) -> Batch:
+    """The same for a mixed step of so many tokens."""
+    batch = idle_batch(rows, -(-tokens // rows), vocab)
+    batch.mixed, batch.offsets[1:] = tokens, tokens
+    return batch
 
 
 @functools.cache

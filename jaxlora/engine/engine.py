@@ -1,14 +1,15 @@
-"""The scheduler: admits requests to slots, prefills them chunk by chunk, and decodes all running rows together.
+"""The scheduler: admits requests to slots, reads their prompts chunk by chunk, and decodes all running rows together.
 
-One thread owns the device. Between two decode steps prompts get as much time as one full prefill chunk takes, so they never stall the
-others for longer. Who gets a slot, and whose prompt is read on, is for the `FairQueue` to say; a request that waits for its adapter does
-not hold back those behind it.
+One thread owns the device. A step reads parts of prompts, together no more than a full prefill chunk, and computes the next token of
+all others; where the backend can't do both in one step, one follows the other. So prompts never stall the others for longer than a chunk
+takes. Who gets a slot, and whose prompt is read on, is for the `FairQueue` to say; a request that waits for its adapter does not hold
+back those behind it.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 
 import numpy as np
@@ -120,8 +121,7 @@ class Engine:
             while not self._closing.is_over(lambda: not self._unfinished()):
                 self._rest()
                 self._drop_ended()
-                self._prefill()
-                self._decode()
+                self._advance()
         except Exception as error:  # whatever it is, nobody may be left waiting
             log.exception("the engine stopped")
             with self._wakeup:
@@ -161,6 +161,8 @@ class Engine:
         on_their_way: set[Hashable] = set()
         while (sequence := self._first(on_their_way)) is not None:
             key = sequence.request.adapter
+            if self._prefixes.is_coming(key, sequence.request.prompt, self._read_to_end()):
+                break  # a step later it has less to read
             try:
                 bank_slot = -1 if key is None else self._residency.try_acquire(key)
             except ServingError as error:
@@ -185,6 +187,10 @@ class Engine:
         with self._wakeup:
             return self._queue.first(passed)
 
+    def _read_to_end(self) -> list[Sequence]:
+        """Those whose prompts the coming step reads to their end."""
+        return [sequence for sequence in self._slots if sequence is not None and sequence.part and not sequence.left]
+
     def _place(self, sequence: Sequence) -> None:
         """Gives a sequence a slot, and what is known of its prompt already."""
         request = sequence.request
@@ -197,36 +203,41 @@ class Engine:
         sequence.slot = place.slot
         self._slots[place.slot] = sequence
 
-    def _prefill(self) -> None:
-        """Prompt tokens for the time that one full chunk takes: the next part of one long prompt, or several short ones."""
-        room = self._program.sizes.prefill_chunk
-        while (sequence := self._next_prompt()) is not None:
-            room -= self._stepper.chunk(sequence)
-            if room < 0:
-                return
-            self._take(self._stepper.prefill([sequence]))
+    def _advance(self) -> None:
+        """Every sequence by one step, or as much as there is room for."""
+        before = self._stepper.steps
+        self._share_out()
+        if not self._program.mixed_lengths:
+            self._step([sequence for sequence in self._slots if sequence is not None and sequence.part])
+        sequences = [sequence for sequence in self._slots if sequence is not None and (sequence.part or not sequence.prefilling)]
+        self._step(sorted(sequences, key=lambda sequence: not sequence.part))
+        self.health.stepped(self._stepper.steps - before)
+
+    def _share_out(self) -> None:
+        """Says what the next step reads of which prompts: the next part of a long one, or several short ones."""
+        answers = sum(sequence is not None and not sequence.prefilling for sequence in self._slots)
+        chunk, mixed = self._program.sizes.prefill_chunk, self._program.mixed_lengths
+        room = min(chunk, mixed[-1] - answers) if mixed else chunk
+        while room > 0 and (sequence := self._next_prompt()) is not None:
+            sequence.part = min(room, sequence.left)
+            room = room - sequence.part if mixed else 0
 
     def _next_prompt(self) -> Sequence | None:
         self._admit()
-        prefilling = [sequence for sequence in self._slots if sequence is not None and sequence.prefilling]
+        unread = [sequence for sequence in self._slots if sequence is not None and sequence.left]
         with self._wakeup:
-            return self._queue.next_prompt(prefilling) if prefilling else None
+            return self._queue.next_prompt(unread) if unread else None
 
-    def _decode(self) -> None:
-        running = [sequence for sequence in self._slots if sequence is not None and not sequence.prefilling]
-        before = self._stepper.steps
-        if running:
-            expected = self._expected or any(sequence is not None and sequence.prefilling for sequence in self._slots)
-            self._take(self._stepper.decode(running, expected))
-        self.health.stepped(self._stepper.steps - before)
-
-    def _take(self, outcomes: Iterator[Outcome]) -> None:
-        for outcome in outcomes:
+    def _step(self, sequences: list[Sequence]) -> None:
+        if not sequences:
+            return
+        expected = self._expected or any(sequence is not None and sequence.left for sequence in self._slots)
+        for outcome in self._stepper.run(sequences, expected):
             sequence = outcome.sequence
             if outcome.error is not None:
                 self._end(sequence, outcome.error)
                 continue
-            sequence.written += outcome.length
+            sequence.written, sequence.part = sequence.written + outcome.length, 0
             if not sequence.prefilling:
                 if not sequence.answer:
                     self._prefixes.hold(sequence)

@@ -35,8 +35,8 @@ class _Lane:
 
     @property
     def reading(self) -> bool:
-        """Whether one of its prompts is not read yet."""
-        return any(sequence.prefilling for sequence in self.running)
+        """Whether one of its prompts still waits for a step that reads it to its end."""
+        return any(sequence.left for sequence in self.running)
 
 
 class FairQueue:

@@ -29,11 +29,10 @@ class FaultyProgram:
         """As `Program.run`, where no fault is due."""
         if self._broken:
             raise jax.errors.JaxRuntimeError("INTERNAL: the device is broken (FAULTS)")
-        place = "prefill" if batch.tokens.shape[1] > 1 and not batch.guessed else "decode"
         not_finite = np.zeros(len(batch.slots), bool)
         for fault in self._faults:
             rows = _rows(batch, fault)
-            if fault.place == place and rows.any() and self._is_due(fault):
+            if rows.any() and self._is_due(fault):
                 if fault.kind == "not_finite":
                     not_finite |= rows
                 else:
@@ -66,7 +65,8 @@ class FaultyProgram:
 
 def _rows(batch: Batch, fault: Fault) -> np.ndarray:
     """The rows of a batch that a fault is for; none if there are too few that do anything."""
-    active = batch.lengths > 0
+    place = {"prefill": batch.reads == 1, "decode": batch.reads == 0}
+    active = (batch.lengths > 0) & place.get(fault.place, False)
     if active.sum() <= fault.rows:
         return np.zeros_like(active)
     seeds = batch.sampler.key.astype(np.uint64)

@@ -13,7 +13,7 @@ from jaxlora.errors import ServingError, Unavailable
 log = logging.getLogger(__name__)
 
 QUEUE, TOKEN = "queue time", "time per output token"
-PLACES, KINDS = ("prefill", "decode", "adapter"), ("exception", "out_of_memory", "not_finite", "state_lost")
+PLACES, KINDS = ("prefill", "decode", "mixed", "adapter"), ("exception", "out_of_memory", "not_finite", "state_lost")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,6 +74,13 @@ class Prefixes:
         self._touch(source)
         return Place(source if in_place else oldest, source, length)
 
+    def is_coming(self, adapter: Hashable, prompt: tuple[int, ...], read: list[Sequence]) -> bool:
+        """Whether a prompt will find more of itself here than now, once some others have been read."""
+        tokens = np.asarray(prompt[:-1], np.int32)
+        coming = (Held(other.request.adapter, np.asarray(other.request.prompt, np.int32), 0) for other in read)
+        most = max((self._shared(held, adapter, tokens) for held in coming), default=0)
+        return most >= LEAST and most > max(self._shared(held, adapter, tokens) for held in self._held)
+
     def forget(self, slot: int) -> None:
         """What the slot held is being overwritten, or isn't to be trusted."""
         self._held[slot] = None

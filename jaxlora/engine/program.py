@@ -19,7 +19,7 @@ from jax import Array
 from jaxlora.backend import Backend
 from jaxlora.config import ModelConfig
 from jaxlora.engine import sampling
-from jaxlora.engine.batch import Batch, Fields, idle_batch, in_step
+from jaxlora.engine.batch import Batch, Fields, idle_batch, idle_mixed_batch, in_step
 from jaxlora.engine.sampling import History, Sampled
 from jaxlora.kv_cache import KVCache, Rows
 from jaxlora.lora import Bank, BankLayout, Pair
@@ -67,7 +67,7 @@ class Program:
         self.state: State | None = None
         # A table, since XLA on CPUs would compute the cosines and sines again for every head of every layer.
         self._rotation = rotation(config.rope, config.head_dim, jnp.arange(sizes.max_seq_len))
-        self._step = jax.jit(self._trace, donate_argnames="state", static_argnames="every_slot", compiler_options=backend.compiler_options or None)
+        self._step = jax.jit(self._trace, donate_argnames="state", static_argnames=("every_slot", "mixed"), compiler_options=backend.compiler_options or None)
         self._check = jax.jit(self._trace_guesses, donate_argnames="state", compiler_options=backend.compiler_options or None)
         # Two programs: in one, XLA would copy the whole cache, since what is read lies in what is written.
         self._read = jax.jit(_read_positions, static_argnames="length")
@@ -80,6 +80,7 @@ class Program:
         self.cut_invariant = backend.cut_invariant
         self.batch_sizes = backend.batch_sizes(sizes.slots)
         self.chunk_lengths = backend.chunk_lengths(sizes.prefill_chunk)
+        self.mixed_lengths = backend.mixed_lengths(sizes.slots, sizes.prefill_chunk)
         # Elsewhere a token might come out otherwise beside guesses than alone.
         guesses = sizes.guesses and self.cut_invariant
         self.guess_sizes = tuple(size for size in self.batch_sizes if size <= MAX_GUESSED_ROWS) if guesses else ()
@@ -144,15 +145,16 @@ class Program:
                 copied = self._read(self.state.cache, np.int32(source), np.int32(start), length=chunk)
                 self.state = self._write(self.state, copied, np.int32(slot), np.int32(start))
             if record:
-                part = np.zeros((1, chunk), np.int32)
+                part = np.zeros(chunk, np.int32)
                 length = min(chunk, len(tokens) - start)
-                part[0, :length] = tokens[start : start + length]
+                part[:length] = tokens[start : start + length]
                 self.state = self._record(self.state, np.int32([slot]), part, np.int32([start]), np.int32([length]))
 
     def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
         """Allocates, and compiles every step. Rows are idle, so the state stays empty."""
         vocab = self.config.vocab_size
         batches = {f"prefill x {length}": idle_batch(1, length, vocab) for length in self.chunk_lengths}
+        batches |= {f"mixed x {length}": idle_mixed_batch(self.sizes.slots, length, vocab) for length in self.mixed_lengths}
         batches |= {f"decode x {rows}": idle_batch(rows, 1, vocab) for rows in self.batch_sizes}
         batches |= {f"guesses x {rows}": idle_batch(rows, 1 + self.sizes.guesses, vocab, guessed=True) for rows in self.guess_sizes}
         bank, state = jax.eval_shape(self._new_bank), jax.eval_shape(self._new_state)
@@ -177,18 +179,20 @@ class Program:
         """How many programs have been compiled; constant after `warm_up`."""
         return sum(jitted._cache_size() for jitted in (self._step, self._check, self._read, self._write, self._record, self._clear, self._put))
 
-    def _call(self, batch: Batch, bank: Bank, state: State) -> tuple[Any, tuple[Any, ...], dict[str, bool]]:
+    def _call(self, batch: Batch, bank: Bank, state: State) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
         """The compiled step for a batch, and its arguments."""
         arguments = (self._weights, self._rotation, bank, state, batch.packed)
         if batch.guessed:
             return self._check, arguments, {}
         every_slot = batch.tokens.shape == (self.sizes.slots, 1) and len(self.batch_sizes) == 1
-        return self._step, arguments, {"every_slot": every_slot}
+        return self._step, arguments, {"every_slot": every_slot, "mixed": batch.mixed}
 
     def _trace(
-        self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, packed: Array, *, every_slot: bool
+        self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, packed: Array, *, every_slot: bool, mixed: int
     ) -> tuple[State, Array]:
         batch = in_step(packed)
+        if mixed:
+            batch = dataclasses.replace(batch, tokens=batch.tokens.reshape(1, -1)[:, :mixed])
 
         def step(state: State, tokens: Array, starts: Array) -> tuple[State, Sampled]:
             now = dataclasses.replace(batch, tokens=tokens, starts=starts)
@@ -215,11 +219,11 @@ class Program:
         """One token for each row."""
         slots, starts, lengths = batch.slots, batch.starts, batch.lengths
         hidden, cache, linears = self._forward(weights, rotations, bank, state, batch, every_slot)
-        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-        logits = project(weights, linears, last)[:, 0]
+        last = hidden.reshape(-1, hidden.shape[-1])[batch.offsets + jnp.maximum(lengths - 1, 0)]
+        logits = project(weights, linears, last[:, None])[:, 0]
         history = state.history
         if batch.tokens.shape[1] > 1:
-            history = sampling.record_prompt(history, slots, batch.tokens, starts, lengths)
+            history = sampling.record_prompt(history, batch.reads.sum(), slots, batch.tokens.reshape(-1), starts, lengths, batch.offsets)
         sampled = sampling.sample(logits, batch.sampler, starts + lengths, history, slots, self.backend.argmax_logsumexp)
         return State(cache, sampling.record_answer(history, slots, sampled.tokens, batch.emit != 0)), sampled
 
@@ -239,8 +243,9 @@ class Program:
         self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, batch: Fields, every_slot: bool = False
     ) -> tuple[Array, KVCache, Linears]:
         """Hidden states `[B, T, D]`, the cache with the new keys and values, and the linear layers that computed them."""
-        linears = self.backend.linears(self.config, self.layout, bank, batch.adapters)
-        attend = self.backend.attend(self.config, rotations, Rows(batch.slots, batch.starts, batch.lengths, every_slot))
+        rows = Rows(batch.slots, batch.starts, batch.lengths, batch.offsets, every_slot)
+        linears = self.backend.linears(self.config, self.layout, bank, batch.adapters, rows)
+        attend = self.backend.attend(self.config, rotations, rows)
         caches = list(zip(state.cache.k, state.cache.v))
         hidden, caches = forward(self.config, weights, batch.tokens, attend, linears, self.backend, caches)
         return hidden, KVCache(*zip(*caches)), linears
@@ -257,7 +262,8 @@ def _write_positions(state: State, part: KVCache, slot: Array, start: Array) -> 
 
 
 def _record_prompt(state: State, slots: Array, tokens: Array, starts: Array, lengths: Array) -> State:
-    return State(state.cache, sampling.record_prompt(state.history, slots, tokens, starts, lengths))
+    one = np.int32(1)
+    return State(state.cache, sampling.record_prompt(state.history, one, slots, tokens, starts, lengths, jnp.zeros(1, jnp.int32)))
 
 
 def _empty_slot(state: State, slot: Array) -> State:

@@ -73,19 +73,23 @@ class History:
         return cls(jnp.zeros((slots, vocab), bool), jnp.zeros((slots, vocab), jnp.int32))
 
 
-def record_prompt(history: History, slots: Array, tokens: Array, starts: Array, lengths: Array) -> History:
-    """The history with a prompt chunk `tokens [B, T]` added; a chunk that starts at position 0 begins a new request in its slot."""
-    prompt, answer = history.prompt, history.answer
-    vocab = prompt.shape[1]
-    for row in range(tokens.shape[0]):
+def record_prompt(history: History, count: Array, slots: Array, tokens: Array, starts: Array, lengths: Array, offsets: Array) -> History:
+    """The history with parts of prompts added, those of the first `count` rows. Row b has `lengths[b]` of `tokens`, int32 `[N]`, from number
+    `offsets[b]` on; what starts at position 0 begins a new request in its slot."""
+    vocab, numbers = history.prompt.shape[1], jnp.arange(len(tokens))
+
+    def add(row: Array, history: History) -> History:
+        prompt, answer = history.prompt, history.answer
         slot, fresh = slots[row], starts[row] == 0
         old_prompt = jax.lax.dynamic_slice_in_dim(prompt, slot, 1)
         old_answer = jax.lax.dynamic_slice_in_dim(answer, slot, 1)
-        live = jnp.arange(tokens.shape[1]) < lengths[row]
-        new_prompt = (old_prompt & ~fresh).at[0, jnp.where(live, tokens[row], vocab)].set(True, mode="drop")
+        own = (numbers >= offsets[row]) & (numbers < offsets[row] + lengths[row])
+        new_prompt = (old_prompt & ~fresh).at[0, jnp.where(own, tokens, vocab)].set(True, mode="drop")
         prompt = jax.lax.dynamic_update_slice_in_dim(prompt, new_prompt, slot, axis=0)
         answer = jax.lax.dynamic_update_slice_in_dim(answer, jnp.where(fresh, 0, old_answer), slot, axis=0)
-    return History(prompt, answer)
+        return History(prompt, answer)
+
+    return jax.lax.fori_loop(0, count, add, history)
 
 
 def record_answer(history: History, slots: Array, tokens: Array, live: Array) -> History:

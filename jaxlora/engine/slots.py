@@ -3,8 +3,11 @@
 import dataclasses
 import math
 import threading
+from collections.abc import Sequence as Tokens
 
-from jaxlora.engine.batch import Batch, idle_batch
+import numpy as np
+
+from jaxlora.engine.batch import Batch, idle_batch, idle_mixed_batch
 from jaxlora.engine.lookup import Lookup
 from jaxlora.engine.requests import MAX_BANNED, Request, Result, Timings, Token
 from jaxlora.engine.sampling import Sampled
@@ -13,9 +16,9 @@ from jaxlora.engine.sampling import Sampled
 @dataclasses.dataclass(eq=False)
 class Sequence:
     """One request inside the engine. `written` counts the tokens whose keys and values are in the cache, `cached` those that
-    were there before it came, `handed_out` those of the answer that its sink has got: more than `answer` holds, while a sequence that had
-    to begin anew repeats itself. A `suspect` took part in a step that failed; `guessed` are the tokens that its next step has beside the
-    last one; what has `ended` takes no more."""
+    were there before it came, `part` those of its prompt that the coming step reads, `handed_out` those of the answer that its sink has
+    got: more than `answer` holds, while a sequence that had to begin anew repeats itself. A `suspect` took part in a step that failed;
+    `guessed` are the tokens that its next step has beside the last one; what has `ended` takes no more."""
 
     request: Request
     submitted: float
@@ -26,6 +29,7 @@ class Sequence:
     bank_slot: int = -1
     written: int = 0
     cached: int = 0
+    part: int = 0
     answer: list[int] = dataclasses.field(default_factory=list)
     handed_out: int = 0
     suspect: bool = False
@@ -37,10 +41,15 @@ class Sequence:
     def prefilling(self) -> bool:
         return self.written < len(self.request.prompt)
 
+    @property
+    def left(self) -> int:
+        """How many tokens of its prompt no step has read, nor is to read."""
+        return max(0, len(self.request.prompt) - self.written - self.part)
+
     def begin_anew(self, suspect: bool) -> None:
         """Back to the beginning of the prompt, since the cache was lost; a `suspect` took part in the step that lost it."""
         self.suspect = suspect or self.suspect
-        self.written = self.cached = 0
+        self.written = self.cached = self.part = 0
         self.answer.clear()
         self.guessed, self.lookup = [], None
 
@@ -64,6 +73,10 @@ class Sequence:
     def steps(self, most: int, max_seq_len: int) -> int:
         """How many tokens, up to so many, the device may generate by itself: what must not come next is for the host to say."""
         return 1 if self.request.params.bad_words or self.banned() else min(most, self.room(max_seq_len))
+
+    def next_tokens(self) -> Tokens[int]:
+        """What the next step has of it: the part of its prompt, or the last token of its answer."""
+        return self.request.prompt[self.written : self.written + self.part] if self.part else self.answer[-1:]
 
     def deadline(self, queue_timeout_s: float) -> float:
         """When it has waited too long, in seconds of `time.monotonic`: for a slot, or as its own time-out says."""
@@ -90,12 +103,25 @@ class Sequence:
 
 
 def prefill_batch(sequence: Sequence, chunk: int, vocab: int) -> Batch:
-    """The next chunk of one prompt."""
-    part = sequence.request.prompt[sequence.written : sequence.written + chunk]
+    """The part of one prompt, in a row of `chunk` tokens."""
     batch = idle_batch(1, chunk, vocab)
-    batch.tokens[0, : len(part)] = part
-    _fill(batch, 0, sequence, len(part))
-    batch.emit[0] = sequence.written + len(part) == len(sequence.request.prompt)
+    batch.tokens[0, : sequence.part] = sequence.next_tokens()
+    _fill_reading(batch, 0, sequence)
+    return batch
+
+
+def mixed_batch(sequences: list[Sequence], rows: int, length: int, vocab: int) -> Batch:
+    """The parts of prompts, then the last token of each other sequence, in a step of so many rows and tokens."""
+    batch, tokens = idle_mixed_batch(rows, length, vocab), []
+    for row, sequence in enumerate(sequences):
+        batch.offsets[row] = len(tokens)
+        tokens += sequence.next_tokens()
+        if sequence.part:
+            _fill_reading(batch, row, sequence)
+        else:
+            _fill(batch, row, sequence, 1)
+            batch.emit[row] = 1
+    batch.tokens[:] = np.pad(tokens, (0, batch.tokens.size - len(tokens))).reshape(batch.tokens.shape)
     return batch
 
 
@@ -103,7 +129,7 @@ def decode_batch(sequences: list[Sequence], rows: list[int], size: int, steps: i
     """The last token of each sequence, in its row of `size` rows, for so many that follow."""
     batch = idle_batch(size, 1, vocab)
     for sequence, row in zip(sequences, rows, strict=True):
-        batch.tokens[row, 0] = sequence.answer[-1]
+        batch.tokens[row, 0] = sequence.next_tokens()[0]
         _fill(batch, row, sequence, 1)
         batch.emit[row] = steps
     return batch
@@ -113,11 +139,16 @@ def guess_batch(sequences: list[Sequence], size: int, guesses: int, vocab: int) 
     """The last token of each sequence with what it `guessed`, in `size` rows."""
     batch = idle_batch(size, 1 + guesses, vocab, guessed=True)
     for row, sequence in enumerate(sequences):
-        tokens = [sequence.answer[-1], *sequence.guessed]
+        tokens = [*sequence.next_tokens(), *sequence.guessed]
         batch.tokens[row, : len(tokens)] = tokens
         _fill(batch, row, sequence, len(tokens))
         batch.emit[row] = len(tokens)
     return batch
+
+
+def _fill_reading(batch: Batch, row: int, sequence: Sequence) -> None:
+    _fill(batch, row, sequence, sequence.part)
+    batch.reads[row], batch.emit[row] = 1, not sequence.left
 
 
 def _fill(batch: Batch, row: int, sequence: Sequence, length: int) -> None:

@@ -1,9 +1,9 @@
 """Runs steps so that a fault ends only the requests that cause it.
 
-A step that raises is tried again in halves, until it is known for which sequence alone it fails twice. Where the fault took the state
-along, which a step updates in place, the state begins anew, and so does every sequence that runs: since a request determines its tokens,
-those that were handed out already come again and are not handed out twice. Those of the failed step then run one by one, until they are past it.
-A step of idle rows that fails as well shows that no request is to blame.
+A step that raises is tried again in parts, prompts apart from answers or in halves, until it is known for which sequence alone it
+fails twice. Where the fault took the state along, which a step updates in place, the state begins anew, and so does every sequence that
+runs: since a request determines its tokens, those that were handed out already come again and are not handed out twice. Those of the
+failed step then run one by one, until they are past it. A step of idle rows that fails as well shows that no request is to blame.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jaxlora.engine.batch import Batch, idle_batch
 from jaxlora.engine.health import Health
 from jaxlora.engine.program import Program
 from jaxlora.engine.sampling import Sampled
-from jaxlora.engine.slots import Sequence, decode_batch, guess_batch, prefill_batch, row_numbers
+from jaxlora.engine.slots import Sequence, decode_batch, guess_batch, mixed_batch, prefill_batch, row_numbers
 from jaxlora.errors import EngineError, ServingError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -44,12 +44,8 @@ class Outcome:
     error: ServingError | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """A kind of step: its name, and what makes the batch of some sequences, with the row that each of them has in it."""
-
-    name: str
-    batch: Callable[[list[Sequence]], tuple[Batch, list[int]]]
+# The batch of some sequences, with the row that each of them has in it.
+_BatchOf = Callable[[list[Sequence]], tuple[Batch, list[int]]]
 
 
 class Stepper:
@@ -67,27 +63,22 @@ class Stepper:
         self._step_s = 0.0  # what a decode step took in the last call
         self.steps = self.guessed = self.guessed_right = 0
 
-    def chunk(self, sequence: Sequence) -> int:
-        """How many tokens the next prefill step of a sequence has, with those that fill it up."""
-        left = len(sequence.request.prompt) - sequence.written
-        return next((length for length in self._program.chunk_lengths if length >= left), self._program.sizes.prefill_chunk)
-
-    def prefill(self, sequences: list[Sequence]) -> Iterator[Outcome]:
-        """The next chunk of each sequence's prompt; otherwise as `decode`."""
-        return self._run(_Step("prefill", self._prefill_batch), sequences)
-
-    def decode(self, sequences: list[Sequence], expected: bool) -> Iterator[Outcome]:
-        """The next token of each sequence, in one call if all is well; or several tokens, which were guessed, or between which the host has
-        nothing to say. An outcome has to be dealt with before the next one is asked for.
+    def run(self, sequences: list[Sequence], expected: bool = False) -> Iterator[Outcome]:
+        """The `part` of each sequence's prompt, or its next token, in one call if all is well. Where nobody has a part, it may be several
+        tokens, which were guessed, or between which the host has nothing to say. An outcome has to be dealt with before the next one is
+        asked for.
 
         Arguments:
+            sequences: one at most, where it has a part and the program has no `mixed_lengths`.
             expected: others wait, and could begin before any of these ends.
 
         Raises:
             Broken: it is no request's fault.
         """
-        batch = self._guess_batch if self._guess(sequences) else functools.partial(self._decode_batch, 1 if expected else self._ahead(sequences))
-        return self._run(_Step("decode", batch), sequences)
+        if any(sequence.part for sequence in sequences):
+            return self._run(self._reading_batch, sequences)
+        batch_of = self._guess_batch if self._guess(sequences) else functools.partial(self._decode_batch, 1 if expected else self._ahead(sequences))
+        return self._run(batch_of, sequences)
 
     def put_adapter(self, slot: int, vector: np.ndarray, rank: int) -> None:
         """As `Program.put_adapter`; tries twice where memory is short.
@@ -120,9 +111,15 @@ class Stepper:
             return False
         return True
 
-    def _prefill_batch(self, sequences: list[Sequence]) -> tuple[Batch, list[int]]:
-        (sequence,) = sequences
-        return prefill_batch(sequence, self.chunk(sequence), self._program.config.vocab_size), [0]
+    def _reading_batch(self, sequences: list[Sequence]) -> tuple[Batch, list[int]]:
+        program, vocab = self._program, self._program.config.vocab_size
+        if not any(sequence.part for sequence in sequences):
+            return self._decode_batch(1, sequences)
+        if len(sequences) == 1:
+            return prefill_batch(sequences[0], next(length for length in program.chunk_lengths if length >= sequences[0].part), vocab), [0]
+        tokens = sum(max(1, sequence.part) for sequence in sequences)
+        length = next(length for length in program.mixed_lengths if length >= tokens)
+        return mixed_batch(sequences, program.sizes.slots, length, vocab), list(range(len(sequences)))
 
     def _ahead(self, sequences: list[Sequence]) -> int:
         """How many decode steps the next call has."""
@@ -146,36 +143,38 @@ class Stepper:
         size = next(size for size in self._program.guess_sizes if size >= len(sequences))
         return guess_batch(sequences, size, self._program.sizes.guesses, self._program.config.vocab_size), list(range(len(sequences)))
 
-    def _run(self, step: _Step, sequences: list[Sequence]) -> Iterator[Outcome]:
+    def _run(self, batch_of: _BatchOf, sequences: list[Sequence]) -> Iterator[Outcome]:
         allowed, resets = self._health.allowed_rows(), self._resets
         suspects = [[sequence] for sequence in sequences if sequence.suspect]
         others = [sequence for sequence in sequences if not sequence.suspect]
         for group in [*suspects, *(others[at : at + allowed] for at in range(0, len(others), allowed))]:
             if self._resets == resets:
-                yield from self._attempt(step, group)
+                yield from self._attempt(batch_of, group)
 
-    def _attempt(self, step: _Step, group: list[Sequence], last: bool = False) -> Iterator[Outcome]:
-        batch, rows = step.batch(group)
+    def _attempt(self, batch_of: _BatchOf, group: list[Sequence], last: bool = False) -> Iterator[Outcome]:
+        (batch, rows), place = batch_of(group), _place(group)
         begun = time.monotonic()
         try:
             sampled = self._program.run(batch)
         except Exception as error:
-            log.warning("a %s step of %d rows failed: %s", step.name, len(group), cause_of(error))
-            yield from self._recover(step, group, last, error)
+            log.warning("a %s step of %d rows failed: %s", place, len(group), cause_of(error))
+            yield from self._recover(batch_of, group, last, error)
             return
-        if step.name == "decode":
-            self.steps, self._step_s = self.steps + batch.steps, (time.monotonic() - begun) / batch.steps
+        if place != "prefill":
+            self.steps += batch.steps
+        if place == "decode":
+            self._step_s = (time.monotonic() - begun) / batch.steps
         for sequence, row in zip(group, rows, strict=True):
             tokens = max(1, int(batch.emit[row]))
             if batch.guessed:
                 tokens = 1 + self._right(sequence, sampled.tokens[row])
             for index in range(tokens):
                 if not sampled.ok[row, index]:
-                    self._health.fault(step.name, "not_finite")
+                    self._health.fault(_place([sequence]), "not_finite")
                     self._program.clear(sequence.slot)
                     yield self._failed(sequence, EngineError("the model's logits are not finite", "not_finite"))
                 else:
-                    yield Outcome(sequence, int(batch.lengths[row]) if step.name == "prefill" else 1, sampled, row, index)
+                    yield Outcome(sequence, sequence.part or 1, sampled, row, index)
                 if sequence.ended:
                     break
 
@@ -188,26 +187,28 @@ class Stepper:
             sequence.lookup.learn(right)
         return right
 
-    def _recover(self, step: _Step, group: list[Sequence], last: bool, error: Exception) -> Iterator[Outcome]:
-        self._count(step.name, error, len(group))
+    def _recover(self, batch_of: _BatchOf, group: list[Sequence], last: bool, error: Exception) -> Iterator[Outcome]:
+        place = _place(group)
+        self._count(place, error, len(group))
         if not self._program.state_is_intact():
-            self._health.fault(step.name, "state_lost")
+            self._health.fault(place, "state_lost")
             if len(group) == 1 and group[0].suspect:
-                yield self._failed(group[0], failure(step.name, error))
+                yield self._failed(group[0], failure(place, error))
             self._lost(group)
             return
         if not is_out_of_memory(error):
             self._probe(error)
         if len(group) == 1:
             if last:
-                yield self._failed(group[0], failure(step.name, error))
+                yield self._failed(group[0], failure(place, error))
             else:
-                yield from self._attempt(step, group, last=True)
+                yield from self._attempt(batch_of, group, last=True)
             return
-        half, resets = len(group) // 2, self._resets
-        for part in (group[:half], group[half:]):
+        reading, resets = sum(sequence.part > 0 for sequence in group), self._resets
+        cut = reading if place == "mixed" and not is_out_of_memory(error) else len(group) // 2
+        for some in (group[:cut], group[cut:]):
             if self._resets == resets:
-                yield from self._attempt(step, part)
+                yield from self._attempt(batch_of, some)
 
     def _count(self, place: str, error: Exception, rows: int) -> None:
         """Counts a fault, and gets memory back where that was the cause."""
@@ -237,6 +238,12 @@ class Stepper:
             self._program.run(idle_batch(self._program.batch_sizes[0], 1, self._program.config.vocab_size))
         except Exception as again:
             raise Broken(cause_of(again)) from error
+
+
+def _place(group: list[Sequence]) -> str:
+    """What a step with those sequences is called."""
+    reading = sum(sequence.part > 0 for sequence in group)
+    return "decode" if not reading else "prefill" if reading == len(group) else "mixed"
 
 
 def failure(place: str, error: Exception) -> ServingError:

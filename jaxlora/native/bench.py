@@ -85,7 +85,8 @@ def bench_attention(kernels: native.Kernels, repeat: int) -> None:
     for rows, chunk, length in ((1, 1, 128), (16, 1, 128), (16, 1, 1500), (1, 1, 1500), (1, 128, 0), (1, 512, 0), (1, 128, 1024)):
         size = length + chunk
         qkv, turned = normal(rows, chunk, QKV), rotation(Rope(10000.0), HEAD, jnp.arange(size))
-        where = jnp.full(rows, length, jnp.int32), jnp.full(rows, chunk, jnp.int32), jnp.arange(rows, dtype=jnp.int32)
+        number = jnp.arange(rows, dtype=jnp.int32)
+        where = jnp.full(rows, length, jnp.int32), jnp.full(rows, chunk, jnp.int32), number, chunk * number
         for dtype in ("float32", "bfloat16"):
             caches = [tuple(jnp.array(jnp.zeros((rows, KV, size, HEAD), dtype)) for _ in range(2)) for _ in range(LAYERS)]
 
@@ -185,7 +186,7 @@ def bench_step(kernels: native.Kernels, repeat: int, length: int = 96) -> None:
             x = embed[tokens]
             for index in range(LAYERS):
                 qkv = linear(index, "qkv", kernels.rms_norm(x, norm, 1e-5))[:, None]
-                y, *pair = kernels.attention(qkv, turned, None, *caches[index], starts, live, places, scale=HEAD**-0.5)
+                y, *pair = kernels.attention(qkv, turned, None, *caches[index], starts, live, places, places, scale=HEAD**-0.5)
                 out.append(tuple(pair))
                 x, h = kernels.add_norm(x, linear(index, "o", y.reshape(rows, HIDDEN)), norm, 1e-5)
                 x = x + linear(index, "down", kernels.swiglu(linear(index, "gate_up", h)))

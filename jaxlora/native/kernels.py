@@ -126,6 +126,7 @@ class Kernels:
         starts: Array,
         lengths: Array,
         slots: Array,
+        offsets: Array,
         *,
         scale: float,
         window: int = 0,
@@ -135,32 +136,33 @@ class Kernels:
         before (rotary embedding), and have a root-mean-square norm before that where `norms` says so.
 
         Arguments:
-            qkv: float32 [b, t, (heads + 2 kv) d], queries, keys and values side by side.
+            qkv: float32 [m, t, (heads + 2 kv) d], queries, keys and values side by side, of m t tokens.
             rotation: cosines and sines by position, float32 [positions, d / 2]; the halves of a head form the pairs.
             norms: float32 [d] each, the scales of the norms of queries and of keys.
             k_cache, v_cache: float32 or bfloat16 [slots, kv, s, d]. Updated in place where they are donated or temporary.
             starts: int32 [b], position of each row's first token.
             lengths: int32 [b], valid tokens of each row; 0 for an idle row. Other tokens store nothing and come out as zeros.
             slots: int32 [b], a different one for each row that isn't idle.
+            offsets: int32 [b], ascending from 0: the number of each row's first token among all m t. It has those up to the next row's.
             scale: factor of the scores.
             window: how many positions a token sees, itself included; 0 for all.
             eps: epsilon of the norms.
 
         Returns:
-            float32 [b, t, heads, d] and the two caches.
+            float32 [m, t, heads, d] and the two caches.
 
         Raises:
             jax.errors.JaxRuntimeError: as it runs, where a row lies outside of the cache or has no rotation.
         """
         _, kv, _, d = k_cache.shape
         if d % 16 or d > 256:
-            return twin_attention(qkv, rotation, norms, k_cache, v_cache, starts, lengths, slots, scale=scale, window=window, eps=eps)
+            return twin_attention(qkv, rotation, norms, k_cache, v_cache, starts, lengths, slots, offsets, scale=scale, window=window, eps=eps)
         out = jax.ShapeDtypeStruct((*qkv.shape[:2], qkv.shape[2] // d - 2 * kv, d), jnp.float32)
         caches = [jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in (k_cache, v_cache)]
         call = jax.ffi.ffi_call("jaxlora_attention", [out, *caches], input_output_aliases={5: 1, 6: 2})
         scales = norms or (np.zeros(0, np.float32),) * 2
         numbers = dict(window=np.int64(window), scale=np.float32(scale), eps=np.float32(eps))
-        out, k_cache, v_cache = call(qkv, *rotation, *scales, k_cache, v_cache, starts, lengths, slots, **numbers)
+        out, k_cache, v_cache = call(qkv, *rotation, *scales, k_cache, v_cache, starts, lengths, slots, offsets, **numbers)
         return out, k_cache, v_cache
 
     @staticmethod

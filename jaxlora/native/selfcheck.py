@@ -59,7 +59,7 @@ def _attention(dtype: str, kernels: Kernels) -> bool:
     caches = [jnp.asarray(_normal(2, 2, 200, 64) + i, dtype) for i in range(2)]
     angles = _normal(200, 32)
     new = _normal(2, 20, 10 * 64), (np.cos(angles), np.sin(angles)), (_normal(64), _normal(64) + 1)
-    rest = jnp.int32([150, 0]), jnp.int32([20, 1]), jnp.int32([1, 0])
+    rest = jnp.int32([150, 0]), jnp.int32([30, 1]), jnp.int32([1, 0]), jnp.int32([0, 35])
     options = dict(scale=0.125, window=60, eps=1e-5)
     return _close(*(attention(*new, *caches, *rest, **options) for attention in (kernels.attention, twin_attention)))
 

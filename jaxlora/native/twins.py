@@ -26,19 +26,21 @@ def twin_attention(
     starts: Array,
     lengths: Array,
     slots: Array,
+    offsets: Array,
     *,
     scale: float,
     window: int = 0,
     eps: float = 0.0,
 ) -> tuple[Array, Array, Array]:
     """As `Kernels.attention`."""
-    batch, chunk, width = qkv.shape
     _, kv, size, d = k_cache.shape
-    heads = width // d - 2 * kv
-    tokens = jnp.arange(chunk)
-    valid = tokens < lengths[:, None]  # [b, t]
-    positions = starts[:, None] + tokens
-    q, k_new, v_new = jnp.split(qkv.reshape(batch, chunk, -1, d), [heads, heads + kv], axis=2)
+    heads = qkv.shape[2] // d - 2 * kv
+    shape, qkv = (*qkv.shape[:2], heads, d), qkv.reshape(-1, heads + 2 * kv, d)
+    tokens = jnp.arange(len(qkv))
+    valid = tokens < lengths[:, None]  # [b, t], each row as if all tokens were its own
+    positions, numbers = starts[:, None] + tokens, jnp.where(valid, offsets[:, None] + tokens, len(qkv))
+    batch, chunk = valid.shape
+    q, k_new, v_new = jnp.split(jnp.take(qkv, numbers, axis=0, mode="fill", fill_value=0), [heads, heads + kv], axis=2)
     q, k_new = (twin_rms_norm(x, scale, eps) for x, scale in zip((q, k_new), norms)) if norms else (q, k_new)
     cos, sin = (jnp.take(table, positions, axis=0, mode="clip")[:, :, None] for table in rotation)
     q, k_new = (_rotate(x, cos, sin) for x in (q, k_new))
@@ -58,7 +60,7 @@ def twin_attention(
     # What lies beyond a row's positions may be anything, NaN too.
     values = jnp.where((where < (starts + lengths)[:, None])[:, None, :, None], values, 0)
     out = jnp.einsum("btkgs,bksd->btkgd", weights, values, precision="highest").reshape(q.shape)
-    return jnp.where(valid[:, :, None, None], out, 0), k_cache, v_cache
+    return jnp.zeros((len(qkv), heads, d)).at[numbers].set(out, mode="drop").reshape(shape), k_cache, v_cache
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:

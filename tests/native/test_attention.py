@@ -16,6 +16,11 @@ twin_attention = jax.jit(native.twin_attention, static_argnames=("scale", "windo
 HEADS, KV, SIZE = 6, 2, 300
 
 
+def rows(batch: int, chunk: int) -> jax.Array:
+    """Where rows begin that have so many tokens each."""
+    return jnp.arange(batch) * chunk
+
+
 def cached(dtype: str, slots: int, d: int, seed: int = 9) -> tuple[jax.Array, jax.Array]:
     """Caches whose every position holds something, as after other sequences."""
     shape = (slots, KV, SIZE, d)
@@ -45,7 +50,7 @@ def new_tokens(batch: int, chunk: int, d: int, normed: bool = False) -> tuple[np
 def test_attention_equals_its_twin(
     kernels: native.Kernels, dtype: str, window: int, normed: bool, chunk: int, d: int, starts: list[int], lengths: list[int]
 ) -> None:
-    arguments = (*new_tokens(4, chunk, d, normed), *cached(dtype, 6, d), jnp.int32(starts), jnp.int32(lengths), jnp.int32([4, 0, 5, 2]))
+    arguments = (*new_tokens(4, chunk, d, normed), *cached(dtype, 6, d), jnp.int32(starts), jnp.int32(lengths), jnp.int32([4, 0, 5, 2]), rows(4, chunk))
     options = dict(scale=d**-0.5, window=window, eps=1e-5)
     got = jax.jit(functools.partial(kernels.attention, **options))(*arguments)
     want = twin_attention(*arguments, **options)
@@ -73,6 +78,7 @@ def test_a_token_is_bitwise_the_same_in_any_chunk_and_batch(kernels: native.Kern
                 jnp.int32([start, 3, 0][: 1 + others]),
                 jnp.int32([length, 1, 0][: 1 + others]),
                 jnp.int32(slots),
+                rows(1 + others, chunk),
                 scale=0.125,
                 window=window,
                 eps=1e-6,
@@ -85,10 +91,36 @@ def test_a_token_is_bitwise_the_same_in_any_chunk_and_batch(kernels: native.Kern
         assert same_bits(generate(chunk, slot, others), whole), chunk
 
 
+@pytest.mark.parametrize("dtype, d", [("float32", 64), ("bfloat16", 80), ("float32", 24)])
+def test_rows_of_any_lengths_share_a_step_and_are_each_bitwise_as_alone(kernels: native.Kernels, dtype: str, d: int) -> None:
+    starts, lengths, slots, offsets = [3, 250, 0, 131, 9], [90, 1, 0, 33, 1], [2, 0, 1, 4, 3], [0, 93, 94, 94, 127]
+    (qkv, *rest), caches = new_tokens(4, 33, d, normed=True), cached(dtype, 5, d)
+    where = [jnp.int32(numbers) for numbers in (starts, lengths, slots, offsets)]
+    options = dict(scale=d**-0.5, window=70, eps=1e-5)
+    got = kernels.attention(qkv, *rest, *caches, *where, **options)
+    for ours, twins, bound in zip(got, twin_attention(qkv, *rest, *caches, *where, **options), (2e-5, 1e-5, 1e-5)):
+        np.testing.assert_allclose(ours.astype(jnp.float32), twins.astype(jnp.float32), rtol=bound if dtype == "float32" else 1e-2, atol=bound)
+    flat, tokens = got[0].reshape(132, HEADS, d), qkv.reshape(1, 132, -1)
+    for start, length, slot, offset in zip(starts, lengths, slots, offsets):
+        one = (jnp.int32([number]) for number in (start, length, slot, 0))
+        alone = kernels.attention(tokens[:, offset : offset + length], *rest, *caches, *one, **options) if length else None
+        assert alone is None or same_bits(alone[0][0], flat[offset : offset + length])
+        assert alone is None or all(same_bits(ours[slot], own[slot]) for ours, own in zip(got[1:], alone[1:]))
+    idle = [token for token in range(132) if not any(at <= token < at + length for at, length in zip(offsets, lengths))]
+    assert len(idle) == 7 and not flat[np.array(idle)].any()
+
+
+@pytest.mark.parametrize("offsets", [[1, 2], [0, 7], [2, 0]])
+def test_offsets_that_leave_a_row_no_room_are_refused(kernels: native.Kernels, offsets: list[int]) -> None:
+    arguments = (*new_tokens(1, 6, 16), *cached("float32", 2, 16), jnp.int32([0, 0]), jnp.int32([0, 0]), jnp.int32([0, 1]), jnp.int32(offsets))
+    with pytest.raises(Exception, match="offsets do not ascend"):
+        jax.block_until_ready(kernels.attention(*arguments, scale=1.0))
+
+
 def test_idle_rows_and_tokens_write_nothing_and_come_out_as_zeros(kernels: native.Kernels) -> None:
     k_cache, v_cache = cached("float32", 3, 32)
     out, k_after, v_after = kernels.attention(
-        *new_tokens(2, 5, 32), k_cache, v_cache, jnp.int32([10, 20]), jnp.int32([0, 2]), jnp.int32([0, 1]), scale=1.0
+        *new_tokens(2, 5, 32), k_cache, v_cache, jnp.int32([10, 20]), jnp.int32([0, 2]), jnp.int32([0, 1]), rows(2, 5), scale=1.0
     )
     assert not out[0].any() and not out[1, 2:].any() and out[1, :2].all()
     for before, after in ((k_cache, k_after), (v_cache, v_after)):
@@ -98,7 +130,7 @@ def test_idle_rows_and_tokens_write_nothing_and_come_out_as_zeros(kernels: nativ
 
 def test_what_lies_beyond_a_sequence_is_not_read(kernels: native.Kernels) -> None:
     k_cache, v_cache = cached("float32", 1, 32)
-    rest = (jnp.int32([10]), jnp.int32([3]), jnp.int32([0]))
+    rest = (jnp.int32([10]), jnp.int32([3]), jnp.int32([0]), rows(1, 5))
     step = functools.partial(kernels.attention, scale=1.0)
     clean = step(*new_tokens(1, 5, 32), k_cache, v_cache, *rest)[0]
     dirty = step(*new_tokens(1, 5, 32), k_cache.at[:, :, 10:].set(jnp.nan), v_cache.at[:, :, 10:].set(jnp.nan), *rest)[0]
@@ -111,7 +143,7 @@ def test_what_lies_beyond_a_sequence_is_not_read(kernels: native.Kernels) -> Non
 def test_rows_outside_of_the_cache_are_refused(
     kernels: native.Kernels, starts: list[int], lengths: list[int], slots: list[int]
 ) -> None:
-    arguments = (*new_tokens(1, 3, 16), *cached("float32", 2, 16), jnp.int32(starts), jnp.int32(lengths), jnp.int32(slots))
+    arguments = (*new_tokens(1, 3, 16), *cached("float32", 2, 16), jnp.int32(starts), jnp.int32(lengths), jnp.int32(slots), rows(1, 3))
     with pytest.raises(Exception, match="outside of the cache"):
         jax.block_until_ready(kernels.attention(*arguments, scale=1.0))
 
@@ -122,5 +154,5 @@ def test_donated_caches_are_updated_where_they_lie(kernels: native.Kernels, dtyp
     where = [cache.unsafe_buffer_pointer() for cache in caches]
     step = jax.jit(functools.partial(kernels.attention, scale=0.125), donate_argnums=(3, 4))
     for position in range(3):
-        _, *caches = step(*new_tokens(1, 1, 64), *caches, jnp.int32([position]), jnp.int32([1]), jnp.int32([0]))
+        _, *caches = step(*new_tokens(1, 1, 64), *caches, jnp.int32([position]), jnp.int32([1]), jnp.int32([0]), rows(1, 1))
     assert [cache.unsafe_buffer_pointer() for cache in caches] == where

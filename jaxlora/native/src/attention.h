@@ -223,10 +223,11 @@ INLINE void turn(const Attention& a, const float* x, const float* norm, int64_t 
 template <typename Cache>
 void attend(const Attention& a, int64_t begin, int64_t end) {
   thread_local Workspace workspace;  // too much for the stack of a thread that is not ours
-  const int64_t group = a.heads / a.kv, tiles = (a.t + a.tile - 1) / a.tile;
+  const int64_t group = a.heads / a.kv, tiles = (a.longest + a.tile - 1) / a.tile;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t kv = item % a.kv, first_token = item / a.kv % tiles * a.tile, b = item / a.kv / tiles;
-    const int64_t after = first_token + a.tile < a.t ? first_token + a.tile : a.t;
+    const int64_t offset = a.offsets[b], own = (b + 1 < a.b ? a.offsets[b + 1] : a.tokens) - offset;
+    const int64_t after = first_token + a.tile < own ? first_token + a.tile : own;
     const int64_t valid = a.lengths[b] < after ? a.lengths[b] : after;
     auto head_of = [&](int64_t b, int64_t kv) { return (a.slots[b] * a.kv + kv) * a.s * a.d; };
     const int64_t cache = head_of(b, kv);
@@ -237,9 +238,9 @@ void attend(const Attention& a, int64_t begin, int64_t end) {
     } else if (tiles == 1 && b + 1 < a.b) {
       after_keys = keys + head_of(b + 1, 0);
     }
-    auto at = [&](int64_t token, int64_t head) { return ((b * a.t + token) * a.heads + kv * group + head) * a.d; };
+    auto at = [&](int64_t token, int64_t head) { return ((offset + token) * a.heads + kv * group + head) * a.d; };
     auto query = [&](int64_t token, int64_t head) {
-      return a.qkv + ((b * a.t + token) * (a.heads + 2 * a.kv) + kv * group + head) * a.d;
+      return a.qkv + ((offset + token) * (a.heads + 2 * a.kv) + kv * group + head) * a.d;
     };
     const int64_t queries = valid > first_token ? (valid - first_token) * group : 0;
     for (int64_t i = 0; i < queries; i += kTileQueries) {
@@ -268,7 +269,7 @@ void store_new(const Attention& a, int64_t begin, int64_t end) {
     Cache* keys = static_cast<Cache*>(a.k_cache) + ((a.slots[b] * a.kv + kv) * a.s + a.starts[b]) * a.d;
     Cache* values = static_cast<Cache*>(a.v_cache) + ((a.slots[b] * a.kv + kv) * a.s + a.starts[b]) * a.d;
     for (int64_t token = 0; token < a.lengths[b]; ++token) {
-      const float* key = a.qkv + ((b * a.t + token) * (a.heads + 2 * a.kv) + a.heads + kv) * a.d;
+      const float* key = a.qkv + ((a.offsets[b] + token) * (a.heads + 2 * a.kv) + a.heads + kv) * a.d;
       const float* value = key + a.kv * a.d;
       alignas(64) float turned[kMaxHead];
       turn(a, key, a.k_norm, a.starts[b] + token, turned);

@@ -11,14 +11,14 @@ bool same(ffi::Span<const int64_t> a, ffi::Span<const int64_t> b) {
 }
 
 ffi::Error attention(F32 qkv, F32 cos, F32 sin, F32 q_norm, F32 k_norm, ffi::AnyBuffer k_cache, ffi::AnyBuffer v_cache, S32 starts,
-                     S32 lengths, S32 slots, F32Result out, ffi::Result<ffi::AnyBuffer> k_result,
+                     S32 lengths, S32 slots, S32 offsets, F32Result out, ffi::Result<ffi::AnyBuffer> k_result,
                      ffi::Result<ffi::AnyBuffer> v_result, int64_t window, float scale, float eps) {
   const auto xs = qkv.dimensions(), ts = cos.dimensions(), cs = k_cache.dimensions();
   if (xs.size() != 3 || ts.size() != 2 || cs.size() != 4) {
     return bad("attention takes qkv [b, t, (h + 2 kv) d], cos and sin [positions, d / 2], and caches [slots, kv, s, d]");
   }
   Attention a{};
-  a.b = xs[0], a.t = xs[1], a.d = cs[3], a.kv = cs[1], a.s = cs[2];
+  a.b = static_cast<int64_t>(starts.element_count()), a.tokens = xs[0] * xs[1], a.d = cs[3], a.kv = cs[1], a.s = cs[2];
   a.heads = a.d == 0 ? 0 : xs[2] / a.d - 2 * a.kv;
   if (a.kv == 0 || a.d % 16 || a.d > kMaxHead || xs[2] != (a.heads + 2 * a.kv) * a.d || a.heads <= 0 || a.heads % a.kv ||
       !same(v_cache.dimensions(), cs) || ts[1] != a.d / 2 || !same(sin.dimensions(), ts)) {
@@ -28,9 +28,9 @@ ffi::Error attention(F32 qkv, F32 cos, F32 sin, F32 q_norm, F32 k_norm, ffi::Any
   if (q_norm.element_count() != k_norm.element_count() || (q_norm.element_count() != 0 && q_norm.element_count() != scales)) {
     return bad("the norms of queries and keys take one scale a value of a head, or none at all");
   }
-  if (starts.element_count() != static_cast<size_t>(a.b) || lengths.element_count() != starts.element_count() ||
-      slots.element_count() != starts.element_count()) {
-    return bad("starts, lengths and slots take one number a row");
+  if (lengths.element_count() != starts.element_count() || slots.element_count() != starts.element_count() ||
+      offsets.element_count() != starts.element_count()) {
+    return bad("starts, lengths, slots and offsets take one number a row");
   }
   if (k_result->untyped_data() != k_cache.untyped_data() || v_result->untyped_data() != v_cache.untyped_data()) {
     return bad("the caches are not updated in place");
@@ -42,13 +42,16 @@ ffi::Error attention(F32 qkv, F32 cos, F32 sin, F32 q_norm, F32 k_norm, ffi::Any
   a.qkv = qkv.typed_data(), a.cos = cos.typed_data(), a.sin = sin.typed_data(), a.out = out->typed_data();
   if (q_norm.element_count() != 0) a.q_norm = q_norm.typed_data(), a.k_norm = k_norm.typed_data();
   a.k_cache = k_cache.untyped_data(), a.v_cache = v_cache.untyped_data();
-  a.starts = starts.typed_data(), a.lengths = lengths.typed_data(), a.slots = slots.typed_data();
+  a.starts = starts.typed_data(), a.lengths = lengths.typed_data(), a.slots = slots.typed_data(), a.offsets = offsets.typed_data();
   a.window = window, a.scale = scale, a.eps = eps;
-  int64_t tokens = 0;
+  int64_t valid = 0;
   for (int64_t b = 0; b < a.b; ++b) {
+    const int64_t own = (b + 1 < a.b ? a.offsets[b + 1] : a.tokens) - a.offsets[b];
+    if (own < 0 || (b == 0 && a.offsets[0] != 0)) return bad("offsets do not ascend from 0 to the number of tokens");
+    a.longest = std::max(a.longest, own);
     if (a.lengths[b] <= 0) continue;
-    tokens += a.lengths[b];
-    if (a.lengths[b] > a.t || a.starts[b] < 0 || a.starts[b] + a.lengths[b] > std::min(a.s, ts[0]) || a.slots[b] < 0 || a.slots[b] >= cs[0]) {
+    valid += a.lengths[b];
+    if (a.lengths[b] > own || a.starts[b] < 0 || a.starts[b] + a.lengths[b] > std::min(a.s, ts[0]) || a.slots[b] < 0 || a.slots[b] >= cs[0]) {
       return bad("row " + std::to_string(b) + " lies outside of the cache");
     }
   }
@@ -56,12 +59,12 @@ ffi::Error attention(F32 qkv, F32 cos, F32 sin, F32 q_norm, F32 k_norm, ffi::Any
   const int64_t group = a.heads / a.kv;
   a.tile = kTileQueries / group > 0 ? kTileQueries / group : 1;
   auto store = [&](int64_t begin, int64_t end) { (bf16 ? active->store_new_bf16 : active->store_new_f32)(a, begin, end); };
-  if (tokens * a.kv * a.d < kSerial) {
+  if (valid * a.kv * a.d < kSerial) {
     store(0, a.b * a.kv);
   } else {
     pool.split(a.b * a.kv, store);
   }
-  pool.split(a.b * ((a.t + a.tile - 1) / a.tile) * a.kv,
+  pool.split(a.b * ((a.longest + a.tile - 1) / a.tile) * a.kv,
              [&](int64_t begin, int64_t end) { (bf16 ? active->attend_bf16 : active->attend_f32)(a, begin, end); });
   return ffi::Error::Success();
 }
@@ -117,6 +120,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_attention, attention,
                                   .Arg<S32>()             // starts
                                   .Arg<S32>()             // lengths
                                   .Arg<S32>()             // slots
+                                  .Arg<S32>()             // offsets
                                   .Ret<F32>()             // out
                                   .Ret<ffi::AnyBuffer>()  // k_cache
                                   .Ret<ffi::AnyBuffer>()  // v_cache

@@ -53,16 +53,17 @@ struct LinearI8 {
 constexpr int64_t kGroup = 32;  // values of k that share a scale
 constexpr int64_t kGroupBytes = kPanel * (kGroup + 2);
 
-// Row t of sequence b is at position starts[b] + t and lies in cache slot slots[b]; lengths[b] of its `t` rows are valid.
-//   qkv [b, t, heads + 2 kv, d], queries, keys and values as they come out of the products; out [b, t, heads, d];
+// The tokens of sequence b are offsets[b] to offsets[b + 1] (the last one's: to `tokens`), of which the first lengths[b] are valid. Its
+// token t is at position starts[b] + t of cache slot slots[b].
+//   qkv [tokens, heads + 2 kv, d], queries, keys and values as they come out of the products; out [tokens, heads, d];
 //   k_cache, v_cache [slots, kv, s, d]; cos, sin [positions, d / 2], by which queries and keys are turned;
 //   q_norm, k_norm [d], the scales of their norms, or null
 struct Attention {
   const float *qkv, *cos, *sin, *q_norm, *k_norm;
-  const int32_t *starts, *lengths, *slots;
+  const int32_t *starts, *lengths, *slots, *offsets;
   void *k_cache, *v_cache;
   float* out;
-  int64_t b, t, heads, kv, d, s;
+  int64_t b, tokens, longest, heads, kv, d, s;  // longest: tokens of the longest sequence
   int64_t window;  // 0: none
   float scale, eps;
   int64_t tile;  // tokens of a tile of queries
