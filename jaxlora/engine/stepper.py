@@ -24,8 +24,8 @@ from jaxlora.errors import EngineError, ServingError, Unavailable
 
 log = logging.getLogger(__name__)
 
-# How long one call may take in which several decode steps run: whoever comes meanwhile waits for its end.
-_CALL_S = 0.05
+# How long one call may take in which several decode steps run: whoever comes meanwhile waits for its end, as for that of a prefill step.
+_CALL_S = 0.08
 
 
 class Broken(Exception):
