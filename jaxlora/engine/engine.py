@@ -89,7 +89,7 @@ class Engine:
     def load(self) -> dict[str, int]:
         """What is going on: requests waiting and running, tokens in the KV cache that belong to running requests, adapters on the device,
         and counters since the start."""
-        running = [sequence for sequence in list(self._slots) if sequence is not None]
+        running = self._present()
         with self._wakeup:
             waiting = len(self._queue)
         return {
@@ -147,7 +147,11 @@ class Engine:
 
     def _unfinished(self) -> list[Sequence]:
         with self._wakeup:
-            return [*self._queue, *filter(None, self._slots)]
+            return [*self._queue, *self._present()]
+
+    def _present(self) -> list[Sequence]:
+        """Those that have a slot."""
+        return [sequence for sequence in list(self._slots) if sequence is not None]
 
     def _drop_ended(self) -> None:
         now = time.monotonic()
@@ -189,7 +193,7 @@ class Engine:
 
     def _read_to_end(self) -> list[Sequence]:
         """Those whose prompts the coming step reads to their end."""
-        return [sequence for sequence in self._slots if sequence is not None and sequence.part and not sequence.left]
+        return [sequence for sequence in self._present() if sequence.part and not sequence.left]
 
     def _place(self, sequence: Sequence) -> None:
         """Gives a sequence a slot, and what is known of its prompt already."""
@@ -208,14 +212,14 @@ class Engine:
         before = self._stepper.steps
         self._share_out()
         if not self._program.mixed_lengths:
-            self._step([sequence for sequence in self._slots if sequence is not None and sequence.part])
-        sequences = [sequence for sequence in self._slots if sequence is not None and (sequence.part or not sequence.prefilling)]
+            self._step([sequence for sequence in self._present() if sequence.part])
+        sequences = [sequence for sequence in self._present() if sequence.part or not sequence.prefilling]
         self._step(sorted(sequences, key=lambda sequence: not sequence.part))
         self.health.stepped(self._stepper.steps - before)
 
     def _share_out(self) -> None:
         """Says what the next step reads of which prompts: the next part of a long one, or several short ones."""
-        answers = sum(sequence is not None and not sequence.prefilling for sequence in self._slots)
+        answers = sum(not sequence.prefilling for sequence in self._present())
         chunk, mixed = self._program.sizes.prefill_chunk, self._program.mixed_lengths
         room = min(chunk, mixed[-1] - answers) if mixed else chunk
         while room > 0 and (sequence := self._next_prompt()) is not None:
@@ -224,14 +228,14 @@ class Engine:
 
     def _next_prompt(self) -> Sequence | None:
         self._admit()
-        unread = [sequence for sequence in self._slots if sequence is not None and sequence.left]
+        unread = [sequence for sequence in self._present() if sequence.left]
         with self._wakeup:
             return self._queue.next_prompt(unread) if unread else None
 
     def _step(self, sequences: list[Sequence]) -> None:
         if not sequences:
             return
-        expected = self._expected or any(sequence is not None and sequence.left for sequence in self._slots)
+        expected = self._expected or any(sequence.left for sequence in self._present())
         for outcome in self._stepper.run(sequences, expected):
             sequence = outcome.sequence
             if outcome.error is not None:
@@ -246,7 +250,7 @@ class Engine:
     def _begin_anew(self, suspects: list[Sequence]) -> None:
         """The slots' caches are lost."""
         self._prefixes.forget_all()
-        for sequence in filter(None, self._slots):
+        for sequence in self._present():
             sequence.begin_anew(suspect=sequence in suspects)
 
     def _emit(self, sequence: Sequence, outcome: Outcome) -> None:
