@@ -210,18 +210,20 @@ class Engine:
     def _advance(self) -> None:
         """Every sequence by one step, or as much as there is room for."""
         before = self._stepper.steps
-        self._share_out()
-        if not self._program.mixed_lengths:
+        mixed = self._stepper.mixed_tokens()
+        self._share_out(mixed)
+        if not mixed:
             self._step([sequence for sequence in self._present() if sequence.part])
         sequences = [sequence for sequence in self._present() if sequence.part or not sequence.prefilling]
         self._step(sorted(sequences, key=lambda sequence: not sequence.part))
         self.health.stepped(self._stepper.steps - before)
 
-    def _share_out(self) -> None:
-        """Says what the next step reads of which prompts: the next part of a long one, or several short ones."""
+    def _share_out(self, mixed: int) -> None:
+        """Says what the next step reads of which prompts: the next part of a long one, or several short ones, where it may have `mixed`
+        tokens of prompts and answers; or a part of one prompt."""
         answers = sum(not sequence.prefilling for sequence in self._present())
-        chunk, mixed = self._program.sizes.prefill_chunk, self._program.mixed_lengths
-        room = min(chunk, mixed[-1] - answers) if mixed else chunk
+        chunk = self._program.sizes.prefill_chunk
+        room = min(chunk, mixed - answers) if mixed else chunk
         while room > 0 and (sequence := self._next_prompt()) is not None:
             sequence.part = min(room, sequence.left)
             room = room - sequence.part if mixed else 0

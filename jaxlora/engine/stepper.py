@@ -1,6 +1,6 @@
 """Runs steps so that a fault ends only the requests that cause it.
 
-A step that raises is tried again in parts, prompts apart from answers or in halves, until it is known for which sequence alone it
+A step that raises is tried again in parts, prompts apart from answers and then in halves, until it is known for which sequence alone it
 fails twice. Where the fault took the state along, which a step updates in place, the state begins anew, and so does every sequence that
 runs: since a request determines its tokens, those that were handed out already come again and are not handed out twice. Those of the
 failed step then run one by one, until they are past it. A step of idle rows that fails as well shows that no request is to blame.
@@ -69,7 +69,7 @@ class Stepper:
         asked for.
 
         Arguments:
-            sequences: one at most, where it has a part and the program has no `mixed_lengths`.
+            sequences: one at most, where it has a part and there are no `mixed_tokens`.
             expected: others wait, and could begin before any of these ends.
 
         Raises:
@@ -79,6 +79,11 @@ class Stepper:
             return self._run(self._reading_batch, sequences)
         batch_of = self._guess_batch if self._guess(sequences) else functools.partial(self._decode_batch, 1 if expected else self._ahead(sequences))
         return self._run(batch_of, sequences)
+
+    def mixed_tokens(self) -> int:
+        """How many tokens a step may have that reads prompts beside others; 0 where there is no such step, or after one found no memory."""
+        lengths = self._program.mixed_lengths
+        return lengths[-1] if lengths and self._health.may_mix() else 0
 
     def put_adapter(self, slot: int, vector: np.ndarray, rank: int) -> None:
         """As `Program.put_adapter`; tries twice where memory is short.
@@ -160,7 +165,7 @@ class Stepper:
             log.warning("a %s step of %d rows failed: %s", place, len(group), cause_of(error))
             yield from self._recover(batch_of, group, last, error)
             return
-        if place != "prefill":
+        if any(not sequence.part for sequence in group):
             self.steps += batch.steps
         if place == "decode":
             self._step_s = (time.monotonic() - begun) / batch.steps
@@ -205,7 +210,7 @@ class Stepper:
                 yield from self._attempt(batch_of, group, last=True)
             return
         reading, resets = sum(sequence.part > 0 for sequence in group), self._resets
-        cut = reading if place == "mixed" and not is_out_of_memory(error) else len(group) // 2
+        cut = reading % len(group) or len(group) // 2  # prompts apart from answers, where there are both
         for some in (group[:cut], group[cut:]):
             if self._resets == resets:
                 yield from self._attempt(batch_of, some)
@@ -215,7 +220,9 @@ class Stepper:
         out_of_memory = is_out_of_memory(error)
         self._health.fault(place, "out_of_memory" if out_of_memory else "exception")
         if out_of_memory:
-            if rows > 1:  # one alone would not be helped by fewer
+            if place == "mixed":
+                self._health.mixed_out_of_memory()
+            elif rows > 1:  # one alone would not be helped by fewer
                 self._health.out_of_memory(rows)
             self._relieve()
             gc.collect()
@@ -242,8 +249,9 @@ class Stepper:
 
 def _place(group: list[Sequence]) -> str:
     """What a step with those sequences is called."""
-    reading = sum(sequence.part > 0 for sequence in group)
-    return "decode" if not reading else "prefill" if reading == len(group) else "mixed"
+    if not any(sequence.part for sequence in group):
+        return "decode"
+    return "mixed" if len(group) > 1 else "prefill"
 
 
 def failure(place: str, error: Exception) -> ServingError:

@@ -75,7 +75,7 @@ _TABLE = (
     ),
     Metric(
         "lora_faults_total", COUNTER,
-        "Faults. place: prefill, decode, mixed (both in one step), adapter (placing one). kind: exception, out_of_memory, not_finite, state_lost (the KV cache).",
+        "Faults. place: prefill, decode, mixed (a prompt beside others in one step), adapter (placing one). kind: exception, out_of_memory, not_finite, state_lost (the KV cache).",
         ("place", "kind"),
     ),
     Metric("lora_engine_restarts", GAUGE, "Times that the server was started again because its engine had stopped."),
