@@ -141,12 +141,15 @@ def _draw(logits: Array, rows: SamplerRows, positions: Array) -> Array:
     filtered = jnp.any((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
     logits = jax.lax.cond(filtered, lambda: keep_likely(logits, rows.top_k, rows.top_p, rows.min_p), lambda: logits)
 
-    def noise(key: Array, position: Array) -> Array:
+    def noise(row: tuple[Array, Array, Array]) -> Array:
+        key, position, warm = row
         key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
-        return jax.random.gumbel(key, logits.shape[1:])
+        return jax.lax.cond(warm, lambda: jax.random.gumbel(key, logits.shape[1:]), lambda: jnp.zeros(logits.shape[1:]))
 
-    # The Gumbel-max trick: the largest of logit + noise is a draw from the softmax.
-    return jnp.argmax(logits + jax.vmap(noise)(rows.key, positions), axis=-1).astype(jnp.int32)
+    # The Gumbel-max trick: the largest of logit + noise is a draw from the softmax. On CPUs only the rows that need it pay for it.
+    row_by_row = jax.lax.map if jax.default_backend() == "cpu" else lambda function, rows: jax.vmap(function)(rows)
+    added = row_by_row(noise, (rows.key, positions, rows.temperature > 0))
+    return jnp.argmax(logits + added, axis=-1).astype(jnp.int32)
 
 
 def keep_likely(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
