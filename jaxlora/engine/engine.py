@@ -165,7 +165,7 @@ class Engine:
         on_their_way: set[Hashable] = set()
         while (sequence := self._first(on_their_way)) is not None:
             key = sequence.request.adapter
-            if self._prefixes.is_coming(key, sequence.request.prompt, self._read_to_end()):
+            if (ending := self._read_to_end()) and self._prefixes.is_coming(key, sequence.request.prompt, ending):
                 break  # a step later it has less to read
             try:
                 bank_slot = -1 if key is None else self._residency.try_acquire(key)
@@ -210,23 +210,32 @@ class Engine:
     def _advance(self) -> None:
         """Every sequence by one step, or as much as there is room for."""
         before = self._stepper.steps
-        mixed = self._stepper.mixed_tokens()
-        self._share_out(mixed)
-        if not mixed:
-            self._step([sequence for sequence in self._present() if sequence.part])
+        if mixed := self._stepper.mixed_tokens():
+            self._share_out(mixed)
+        else:
+            self._read_in_turn()
         sequences = [sequence for sequence in self._present() if sequence.part or not sequence.prefilling]
         self._step(sorted(sequences, key=lambda sequence: not sequence.part))
         self.health.stepped(self._stepper.steps - before)
 
     def _share_out(self, mixed: int) -> None:
-        """Says what the next step reads of which prompts: the next part of a long one, or several short ones, where it may have `mixed`
-        tokens of prompts and answers; or a part of one prompt."""
+        """Says what the next step, of `mixed` tokens at most, reads of which prompts: the next part of a long one, or several short ones."""
         answers = sum(not sequence.prefilling for sequence in self._present())
-        chunk = self._program.sizes.prefill_chunk
-        room = min(chunk, mixed - answers) if mixed else chunk
+        room = min(self._program.sizes.prefill_chunk, mixed - answers)
         while room > 0 and (sequence := self._next_prompt()) is not None:
             sequence.part = min(room, sequence.left)
-            room = room - sequence.part if mixed else 0
+            room -= sequence.part
+
+    def _read_in_turn(self) -> None:
+        """Steps that read one prompt each, for the time that one full chunk takes."""
+        room = self._program.sizes.prefill_chunk
+        while (sequence := self._next_prompt()) is not None:
+            part = min(self._program.sizes.prefill_chunk, sequence.left)
+            room -= self._stepper.chunk(part)
+            if room < 0:
+                return
+            sequence.part = part
+            self._step([sequence])
 
     def _next_prompt(self) -> Sequence | None:
         self._admit()

@@ -75,10 +75,10 @@ class Prefixes:
         return Place(source if in_place else oldest, source, length)
 
     def is_coming(self, adapter: Hashable, prompt: tuple[int, ...], read: list[Sequence]) -> bool:
-        """Whether a prompt will find more of itself here than now, once some others have been read."""
+        """Whether a prompt will find more of itself here than now, once others, at least one, have been read."""
         tokens = np.asarray(prompt[:-1], np.int32)
         coming = (Held(other.request.adapter, np.asarray(other.request.prompt, np.int32), 0) for other in read)
-        most = max((self._shared(held, adapter, tokens) for held in coming), default=0)
+        most = max(self._shared(held, adapter, tokens) for held in coming)
         return most >= LEAST and most > max(self._shared(held, adapter, tokens) for held in self._held)
 
     def forget(self, slot: int) -> None:

@@ -226,7 +226,7 @@ void attend(const Attention& a, int64_t begin, int64_t end) {
   const int64_t group = a.heads / a.kv, tiles = (a.longest + a.tile - 1) / a.tile;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t kv = item % a.kv, first_token = item / a.kv % tiles * a.tile, b = item / a.kv / tiles;
-    const int64_t offset = a.offsets[b], own = (b + 1 < a.b ? a.offsets[b + 1] : a.tokens) - offset;
+    const int64_t offset = a.offsets[b], own = a.tokens_of(b);
     const int64_t after = first_token + a.tile < own ? first_token + a.tile : own;
     const int64_t valid = a.lengths[b] < after ? a.lengths[b] : after;
     auto head_of = [&](int64_t b, int64_t kv) { return (a.slots[b] * a.kv + kv) * a.s * a.d; };

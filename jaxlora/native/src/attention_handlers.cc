@@ -15,7 +15,7 @@ ffi::Error attention(F32 qkv, F32 cos, F32 sin, F32 q_norm, F32 k_norm, ffi::Any
                      ffi::Result<ffi::AnyBuffer> v_result, int64_t window, float scale, float eps) {
   const auto xs = qkv.dimensions(), ts = cos.dimensions(), cs = k_cache.dimensions();
   if (xs.size() != 3 || ts.size() != 2 || cs.size() != 4) {
-    return bad("attention takes qkv [b, t, (h + 2 kv) d], cos and sin [positions, d / 2], and caches [slots, kv, s, d]");
+    return bad("attention takes qkv [m, t, (h + 2 kv) d], cos and sin [positions, d / 2], and caches [slots, kv, s, d]");
   }
   Attention a{};
   a.b = static_cast<int64_t>(starts.element_count()), a.tokens = xs[0] * xs[1], a.d = cs[3], a.kv = cs[1], a.s = cs[2];
@@ -46,7 +46,7 @@ ffi::Error attention(F32 qkv, F32 cos, F32 sin, F32 q_norm, F32 k_norm, ffi::Any
   a.window = window, a.scale = scale, a.eps = eps;
   int64_t valid = 0;
   for (int64_t b = 0; b < a.b; ++b) {
-    const int64_t own = (b + 1 < a.b ? a.offsets[b + 1] : a.tokens) - a.offsets[b];
+    const int64_t own = a.tokens_of(b);
     if (own < 0 || (b == 0 && a.offsets[0] != 0)) return bad("offsets do not ascend from 0 to the number of tokens");
     a.longest = std::max(a.longest, own);
     if (a.lengths[b] <= 0) continue;

@@ -67,6 +67,11 @@ struct Attention {
   int64_t window;  // 0: none
   float scale, eps;
   int64_t tile;  // tokens of a tile of queries
+
+  // How many tokens a sequence has, valid or not.
+  int64_t tokens_of(int64_t sequence) const {
+    return (sequence + 1 < b ? offsets[sequence + 1] : tokens) - offsets[sequence];
+  }
 };
 
 // Whole sequences without a cache. q, out, d_out and dq are [b, t, heads, d]; k, v, dk and dv are [b, t, kv, d]. A token sees those
