@@ -1,10 +1,11 @@
-"""Weights of 8 bits: whole numbers with a scale that 32 of them share (as in Q8_0 of GGUF).
+"""Weights of 8 bits: whole numbers with a scale that 32 of them share (as in Q8_0 of GGUF), or, in adapters, all of a rank.
 
 Knows arrays; knows nothing of models or of how weights are packed.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
@@ -38,3 +39,16 @@ def quantize(w: Array) -> Int8:
     steps = jnp.where(scales > 0, scales, 1).astype(jnp.float32)[:, None]
     values = jnp.clip(jnp.round(groups / steps), -127, 127).astype(jnp.int8)
     return Int8(values.reshape(-1, n)[:k], scales)
+
+
+def quantize_ranks(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two sides of a low-rank product, `a [r, in]` and `b [r, out]`, as int8 between -127 and 127, and what a rank of both is to be
+    multiplied by: the bytes of a float32, int8 `[r, SCALE_BYTES]`. It comes in between them, where there is one value for a rank."""
+    (a, a_steps), (b, b_steps) = _by_row(a), _by_row(b)
+    return a, b, (a_steps * b_steps).view(np.int8)
+
+
+def _by_row(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    values = values.astype(np.float32)
+    steps = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
+    return np.rint(values / np.where(steps > 0, steps, 1)).astype(np.int8), steps

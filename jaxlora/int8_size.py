@@ -5,3 +5,6 @@ GROUP = 32
 
 WEIGHT_BYTES = 1 + 2 / GROUP
 """Of a weight, with its share of a scale in bfloat16."""
+
+SCALE_BYTES = 4
+"""Of a rank of an adapter: A and B of a module share a float32 scale for each."""

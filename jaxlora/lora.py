@@ -15,6 +15,8 @@ from flax import struct
 from jax import Array
 
 from jaxlora.config import OUTPUT_LAYER, LinearAt, ModelConfig
+from jaxlora.int8 import quantize_ranks
+from jaxlora.int8_size import SCALE_BYTES
 from jaxlora.updates import update_slice
 
 
@@ -67,10 +69,12 @@ class Adapter:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Where one module lies in a bank slot: A as `[max_rank, in]` at `a_offset`, scale-folded B as `[max_rank, out]` at `b_offset`."""
+    """Where one module lies in a bank slot: A as `[max_rank, in]` at `a_offset`, scale-folded B as `[max_rank, out]` at `b_offset`. In a
+    bank of int8 the bytes of `[max_rank]` float32 follow at `scales_offset`: by how much a rank of A times that of B is to be multiplied."""
 
     a_offset: int
     b_offset: int
+    scales_offset: int
     in_features: int
     out_features: int
 
@@ -81,6 +85,8 @@ class BankLayout:
     lie one behind the other and look the same inside, the output layer is the last."""
 
     max_rank: int
+    dtype: np.dtype
+    """float32, bfloat16 or int8."""
     spans: tuple[tuple[str, Span], ...]
     """By module path."""
     inside: tuple[tuple[str, Span], ...]
@@ -90,8 +96,9 @@ class BankLayout:
     size: int
 
     @classmethod
-    def of(cls, config: ModelConfig, max_rank: int, output_layer: bool = False) -> "BankLayout":
+    def of(cls, config: ModelConfig, max_rank: int, dtype: str, output_layer: bool = False) -> "BankLayout":
         """The layout for every linear layer of a model; the output layer takes part only where asked, as it is large."""
+        kind = jnp.dtype(dtype)
         spans: dict[str, Span] = {}
         inside: dict[str, Span] = {}
         starts: dict[int | None, int] = {}
@@ -102,8 +109,8 @@ class BankLayout:
             start = starts.setdefault(at.layer, offset)
             inside.setdefault(at.name, _span(at, offset - start, max_rank))
             spans[path] = _span(at, offset, max_rank)
-            offset += max_rank * (at.in_features + at.out_features)
-        return cls(max_rank, tuple(spans.items()), tuple(inside.items()), tuple(starts.items()), offset)
+            offset = spans[path].scales_offset + max_rank * (SCALE_BYTES if kind == np.int8 else 0)
+        return cls(max_rank, kind, tuple(spans.items()), tuple(inside.items()), tuple(starts.items()), offset)
 
     @functools.cached_property
     def by_path(self) -> dict[str, Span]:
@@ -119,30 +126,32 @@ class BankLayout:
 
     @functools.cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where each A and B begins, in their order in a slot, and where the last one ends."""
-        return (*(offset for _, span in self.spans for offset in (span.a_offset, span.b_offset)), self.size)
+        """Where each A, B and scales begin, in their order in a slot, and where the last ones end."""
+        parts = (part for _, span in self.spans for part in (span.a_offset, span.b_offset, span.scales_offset))
+        return (*parts, self.size)
 
-    def pack(self, modules: Mapping[str, Pair], ranks: int, dtype: np.dtype, piece: int) -> np.ndarray:
+    def pack(self, modules: Mapping[str, Pair], ranks: int, piece: int) -> np.ndarray:
         """An adapter as the layout for so many ranks has it, `[n]`; what it doesn't have is zero, and so is the end, up to whole pieces.
 
         Raises:
             ValueError: a module has a higher rank.
         """
         size = self.size // self.max_rank * ranks
-        out = np.zeros(-(-size // piece) * piece, dtype)
+        out = np.zeros(-(-size // piece) * piece, self.dtype)
         for path, pair in modules.items():
             span, rank = self.by_path[path], pair.a.shape[0]
             if rank > ranks:
                 raise ValueError(f"{path} has rank {rank}, there is room for {ranks}")
-            a_offset, b_offset = (offset // self.max_rank * ranks for offset in (span.a_offset, span.b_offset))
-            out[a_offset:][: rank * span.in_features].reshape(rank, -1)[:] = pair.a
             scaled = pair.b.T if pair.scale == 1 else pair.b.T.astype(np.float32) * np.float32(pair.scale)
-            out[b_offset:][: rank * span.out_features].reshape(rank, -1)[:] = scaled
+            parts = quantize_ranks(pair.a, scaled) if self.dtype == np.int8 else (pair.a, scaled)
+            for offset, part in zip((span.a_offset, span.b_offset, span.scales_offset), parts):
+                out[offset // self.max_rank * ranks :][: part.size].reshape(rank, -1)[:] = part
         return out
 
 
 def _span(at: LinearAt, offset: int, max_rank: int) -> Span:
-    return Span(offset, offset + max_rank * at.in_features, at.in_features, at.out_features)
+    b_offset = offset + max_rank * at.in_features
+    return Span(offset, b_offset, b_offset + max_rank * at.out_features, at.in_features, at.out_features)
 
 
 @struct.dataclass
@@ -153,8 +162,8 @@ class Bank:
     ranks: Array
 
     @classmethod
-    def empty(cls, layout: BankLayout, slots: int, dtype: str = "float32") -> "Bank":
-        return cls(jnp.zeros((slots, layout.size), dtype), jnp.zeros(slots, jnp.int32))
+    def empty(cls, layout: BankLayout, slots: int) -> "Bank":
+        return cls(jnp.zeros((slots, layout.size), layout.dtype), jnp.zeros(slots, jnp.int32))
 
 
 def put(bank: Bank, vector: Array, slot: Array, rank: Array) -> Bank:
@@ -188,6 +197,9 @@ class RowAdapters:
         b = self._rows(span.b_offset, self.layout.max_rank, span.out_features)
         x = x.reshape(self.slots.shape[0], -1, x.shape[-1])
         down = jnp.einsum("btk,brk->btr", x, a.astype(x.dtype), precision="highest")
+        if self.layout.dtype == jnp.int8:
+            scales = self._rows(span.scales_offset, self.layout.max_rank, SCALE_BYTES)
+            down *= jax.lax.bitcast_convert_type(scales, jnp.float32)[:, None].astype(x.dtype)
         up = jnp.einsum("btr,brn->btn", down, b.astype(x.dtype), precision="highest")
         return jnp.where((self.slots >= 0).reshape(-1, *[1] * (y.ndim - 1)), y + up.reshape(y.shape), y)
 

@@ -122,11 +122,14 @@ class Settings:
         "requests are answered; the answers are the same; 0: none",
     )  # fmt: skip
     decode_steps: int = _setting(
-        4, _whole(1, 64), "tokens of each answer that one call of the device may generate, as many as take 50 ms at most, where nobody waits for "
+        4, _whole(1, 64), "tokens of each answer that one call of the device may generate, as many as take 80 ms at most, where nobody waits for "
         "a slot that is free; the answers are the same",
     )  # fmt: skip
     max_lora_rank: int = _setting(64, _whole(1, 1024), "largest adapter rank")
     lora_slots: int = _setting(32, _whole(1, 4096), "adapters on the device at the same time")
+    lora_quantization: str = _setting(
+        "none", _one_of("none", "int8"), "`int8`: adapters in 8 bits on the device, half the memory of bfloat16; faster where many are mixed on CPUs with native kernels"
+    )  # fmt: skip
     lora_output_layer: int = _setting(0, _whole(0, 1), "1: adapters may target `lm_head` too (costs device memory)")
     adapter_host_cache_bytes: int = _setting(2 * GIB, _whole(0), "host memory for adapters that are not on the device, in bytes")
     max_adapter_file_bytes: int = _setting(GIB, _whole(1), "largest `adapter_model.safetensors`, in bytes")

@@ -1,5 +1,6 @@
 """What an answer may depend on, and what it may not: a small real model in the real engine, on every backend of this machine."""
 
+import dataclasses
 import random
 from concurrent.futures import Future
 
@@ -153,9 +154,9 @@ def test_the_sizes_of_the_engine_do_not_show(start, alone, backend):
             assert np.allclose([token.logprob for token in tokens], [token.logprob for token in expected], atol=1e-4)
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_rows_are_alone_in_shorter_types_too(start, int8):
-    engine, _ = start(dtype="bfloat16", int8=int8)
+@pytest.mark.parametrize("int8, int8_adapters", [(False, False), (False, True), (True, True)])
+def test_rows_are_alone_in_shorter_types_too(start, int8, int8_adapters):
+    engine, _ = start(dataclasses.replace(SIZES, int8_adapters=int8_adapters), dtype="bfloat16", int8=int8)
     expected = one_by_one(engine)
     sinks = [asked(engine, request) for request in requests()]
     assert [sink.tokens() for sink in sinks] == expected

@@ -1,19 +1,24 @@
 """Weights of 8 bits: how far they are from what they stand for, and that a model computes with them and nothing else."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxlora import weights
+from jaxlora import lora, peft, weights
+from jaxlora.backend import Backend
 from jaxlora.config import ModelConfig
-from jaxlora.int8 import Int8, quantize
-from jaxlora.int8_size import GROUP
+from jaxlora.engine import Sizes
+from jaxlora.int8 import Int8, quantize, quantize_ranks
+from jaxlora.int8_size import GROUP, SCALE_BYTES
 from jaxlora.model import logits
 from jaxlora.service import memory_estimate
 from jaxlora.settings import Settings
 from tests.parity import checkpoints
+from tests.parity.serving import answers
 
 
 @pytest.mark.parametrize("k, n", [(1, 1), (63, 5), (64, 32), (65, 33), (200, 7)])
@@ -64,3 +69,52 @@ def test_the_memory_of_the_weights_is_told_before_they_are_loaded(tmp_path) -> N
     matrices = [leaf for leaf in jax.tree.leaves(weights.load(folder, config, int8=True)) if leaf.ndim > 1]
     told = memory_estimate(Settings(dtype="float32", quantization="int8"), config)["weights"]
     assert sum(leaf.nbytes for leaf in matrices) == pytest.approx(told, rel=0.02)
+
+
+@pytest.mark.parametrize("rank, k, n", [(1, 1, 1), (8, 100, 33), (3, 576, 1536)])
+def test_the_ranks_of_an_adapter_are_rounded_to_the_nearest_of_their_values(rank: int, k: int, n: int) -> None:
+    rng = np.random.default_rng(1)
+    a, b = (rng.standard_normal((rank, size)) * np.exp(2 * rng.standard_normal((rank, 1))) for size in (k, n))
+    a[-1] = 0
+    got_a, got_b, scales = quantize_ranks(a, b.astype(jnp.bfloat16))
+    assert (got_a.dtype, got_b.dtype, scales.shape) == (np.int8, np.int8, (rank, SCALE_BYTES))
+    scales = scales.view(np.float32)
+    assert not got_a[-1].any() and not scales[-1].any()
+    steps_a, steps_b = (np.abs(values).max(axis=1, keepdims=True) / 127 for values in (a, b.astype(jnp.bfloat16).astype(np.float32)))
+    np.testing.assert_allclose(scales, steps_a * steps_b, rtol=1e-6)
+    assert (np.abs(got_a * steps_a - a) <= 0.5001 * steps_a).all()
+    assert (np.abs(got_b * steps_b - b.astype(jnp.bfloat16).astype(np.float32)) <= 0.5001 * steps_b).all()
+
+
+def rounded(pair: peft.LoraPair) -> peft.LoraPair:
+    a, b, scales = quantize_ranks(pair.a, pair.b.T * np.float32(pair.scale))
+    return peft.LoraPair(a * scales.view(np.float32), b.T.astype(np.float32), 1.0)
+
+
+def test_adapters_of_8_bits_answer_as_what_they_were_rounded_to(tmp_path, backend: Backend) -> None:
+    folder = checkpoints.write_checkpoint(tmp_path / "base", "llama")
+    config = ModelConfig.from_folder(folder)
+    names = ("every-linear", "patterns", "rslora-patterns")
+    given = {}
+    for name in names:
+        checkpoints.write_adapter(tmp_path / name, "llama", name)
+        given[name] = peft.read(tmp_path / name, config, peft.Limits(16, 1 << 20, output_layer=True))
+    near = {name: peft.LoraAdapter({path: rounded(pair) for path, pair in it.modules.items()}, it.config) for name, it in given.items()}
+    loaded = weights.load(folder, config, packing=backend.packing)
+    sizes = Sizes(slots=2, max_seq_len=256, prefill_chunk=32, lora_slots=2, max_lora_rank=16, output_layer=True)
+    prompts = [(name, prompt) for name in names for prompt in checkpoints.prompts("llama", name)[:1]]
+
+    def logprobs(adapters: dict[str, peft.LoraAdapter], int8: bool) -> np.ndarray:
+        exact = dataclasses.replace(sizes, int8_adapters=int8)
+        return np.array([token.logprob for answer in answers(config, loaded, backend, exact, adapters, prompts, 24) for token in answer])
+
+    got, want = logprobs(given, True), logprobs(near, False)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert np.abs(got - logprobs(given, False)).max() > 1e-3, "which is not what they were"
+
+
+def test_the_memory_of_adapters_is_told_before_it_is_taken(tmp_path) -> None:
+    config = ModelConfig.from_folder(checkpoints.write_checkpoint(tmp_path / "base", "llama"))
+    bank = lora.Bank.empty(lora.BankLayout.of(config, 16, "int8"), 3)
+    told = memory_estimate(Settings(lora_quantization="int8", lora_slots=3, max_lora_rank=16), config)["adapters"]
+    assert bank.data.nbytes == told

@@ -1,4 +1,4 @@
-"""What a table of streams does not show: many adapters, fairness, publishing, starting, repeated prompts, the wire, training.
+"""What a table of streams does not show: many adapters, fairness, publishing, starting, repeated prompts, the wire, quality, training.
 
 A scenario is a function from a `Context` to `{"title", "columns", "rows", "note"}` for the report, with its numbers beside.
 """
@@ -6,7 +6,7 @@ A scenario is a function from a `Context` to `{"title", "columns", "rows", "note
 from collections.abc import Callable
 from typing import Any
 
-from bench.scenarios import fairness, lookup, prefix, publishing, quality, starts, training, wire, zipf
+from bench.scenarios import fairness, lookup, lora_int8, prefix, publishing, quality, starts, training, wire, zipf
 from bench.scenarios.context import Context, Skipped
 
 SCENARIOS: dict[str, Callable[[Context], dict[str, Any]]] = {
@@ -17,6 +17,7 @@ SCENARIOS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "starts": starts.measure,
     "prefix": prefix.measure,
     "lookup": lookup.measure,
+    "lora-int8": lora_int8.measure,
     "quality": quality.measure,
     "training": training.measure,
 }

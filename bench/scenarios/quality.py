@@ -1,9 +1,10 @@
 """What bfloat16 and int8 cost in quality: perplexity of text, and how often the likeliest token is that of float32.
 
 The text is this project's own documentation, which no model has been trained on. It is scored by the serving backend, with its weights,
-its key/value cache and its kernels, a chunk at a time.
+its key/value cache and its kernels, a chunk at a time. An adapter is trained here on every other chunk, and scored on those between.
 """
 
+import json
 import pathlib
 from typing import Any
 
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.scenarios.context import Context
+from bench.scenarios.training import RANK, run_sft
 from bench.workloads import PRECISIONS
-from jaxlora import backend, weights
+from jaxlora import backend, peft, weights
 from jaxlora.config import ModelConfig
 from jaxlora.kv_cache import KVCache, Rows
 from jaxlora.lora import Bank, BankLayout
@@ -22,6 +24,7 @@ from jaxlora.text import Tokenizer
 from server.repository import PROJECT
 
 CHUNK = 256
+STEPS, MARGIN = 24, 8  # of training; tokens that a chunk may grow by where it is cut out of the text, and its end
 TEXTS = ("README.md", "CONTRIBUTING.md", "training/README.md", "bench/README.md")
 
 
@@ -30,24 +33,45 @@ def measure(context: Context) -> dict[str, Any]:
     ids = [token for name in TEXTS for token in tokenizer.encode((PROJECT / name).read_text())]
     chunks = np.array(ids[: len(ids) // CHUNK * CHUNK], np.int32).reshape(-1, CHUNK)
     native_dir = context.settings.cache_dir / "native"
-    scores = {dtype: score(context.model, context.config, dtype, chunks, native_dir) for dtype in PRECISIONS}
-    exact = scores["float32"]
+    whole = {dtype: score(context.model, context.config, dtype, chunks, native_dir) for dtype in PRECISIONS}
+    adapter, between = _trained(context, [tokenizer.decode(chunk[:-MARGIN].tolist()) for chunk in chunks[::2]]), chunks[1::2]
+    kinds = [(dtype, PRECISIONS[dtype]["dtype"]) for dtype in PRECISIONS] + [(dtype, "int8") for dtype in PRECISIONS]
+    adapted = {
+        f"{dtype}, an adapter in {bank}": score(context.model, context.config, dtype, between, native_dir, adapter, bank) for dtype, bank in kinds
+    }
     rows, found = [], {}
-    for dtype, (losses, best) in scores.items():
-        perplexity, equal = float(np.exp(losses.mean())), float((best == exact[1]).mean())
-        found[dtype] = {"perplexity": perplexity, "greedy_tokens_equal": equal}
-        rows.append([dtype, f"{perplexity:.3f}", f"{perplexity / np.exp(exact[0].mean()):.4f}", f"{equal:.2%}"])
+    for scores in (whole, adapted):
+        exact_losses, exact_best = next(iter(scores.values()))
+        for name, (losses, best) in scores.items():
+            perplexity, equal = float(np.exp(losses.mean())), float((best == exact_best).mean())
+            found[name] = {"perplexity": perplexity, "greedy_tokens_equal": equal}
+            rows.append([name, f"{perplexity:.3f}", f"{perplexity / np.exp(exact_losses.mean()):.4f}", f"{equal:.2%}"])
     return {
         "title": "Quality by precision",
         "columns": ["", "perplexity", "over float32", "likeliest tokens equal to float32"],
         "rows": rows,
-        "note": f"{chunks.size} tokens of this project's documentation, in chunks of {CHUNK}.",
+        "note": f"{chunks.size} tokens of this project's documentation, in chunks of {CHUNK}. The adapter (rank {RANK}, all linear layers) made {STEPS}"
+        " steps on every other chunk, and is scored on those between.",
         "scores": found,
     }
 
 
+def _trained(context: Context, texts: list[str]) -> peft.LoraAdapter:
+    data = context.folder / "quality.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    context.say(f"  training an adapter, {STEPS} steps")
+    run = run_sft(context, "quality", data, STEPS, "bfloat16")
+    return peft.read(run / "adapter", context.config, peft.Limits.of(context.settings))
+
+
 def score(
-    model: pathlib.Path, config: ModelConfig, dtype: str, chunks: np.ndarray, native_dir: pathlib.Path
+    model: pathlib.Path,
+    config: ModelConfig,
+    dtype: str,
+    chunks: np.ndarray,
+    native_dir: pathlib.Path,
+    adapter: peft.LoraAdapter | None = None,
+    bank_dtype: str = "float32",
 ) -> tuple[np.ndarray, np.ndarray]:
     """For int32 chunks `[N, T]`: the negative log-likelihood in nats of each token after the first, and the likeliest token in its
     place, both `[N, T - 1]`."""
@@ -55,21 +79,26 @@ def score(
     int8 = dtype == "int8"
     dtype = PRECISIONS[dtype]["dtype"]
     loaded = weights.load(model, config, dtype, packing=chosen.packing, int8=int8)
-    layout = BankLayout.of(config, max_rank=1)
-    bank = Bank.empty(layout, 1, dtype)
+    rank = adapter.rank if adapter else 1
+    layout = BankLayout.of(config, rank, bank_dtype)
+    bank, piece = Bank.empty(layout, 1), chosen.piece(layout)
+    vector = layout.pack(adapter.modules if adapter else {}, rank, piece)
+    for first in range(0, len(vector), piece):
+        bank = chosen.place(layout, bank, vector[first : first + piece], *np.int32([0, rank, first]))
+    slot = np.int32([0 if adapter else -1])
     cache = KVCache.empty(config, 1, CHUNK, CHUNK, dtype)
 
     @jax.jit
-    def scored(loaded: weights.Weights, cache: KVCache, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def scored(loaded: weights.Weights, bank: Bank, cache: KVCache, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         zero = jnp.zeros(1, jnp.int32)
         rows = Rows(zero, zero, jnp.full(1, CHUNK, jnp.int32), zero)
         attend = chosen.attend(config, rotation(config.rope, config.head_dim, jnp.arange(CHUNK)), rows)
-        linears = chosen.linears(config, layout, bank, jnp.full(1, -1, jnp.int32), rows)
+        linears = chosen.linears(config, layout, bank, slot, rows)
         caches = list(zip(cache.k, cache.v))
         hidden, _ = forward(config, loaded, tokens[None], attend, linears, chosen, caches)
         logits = project(loaded, linears, hidden)[0, :-1]
         losses = jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, tokens[1:, None], axis=1)[:, 0]
         return losses, jnp.argmax(logits, axis=1)
 
-    found = [jax.device_get(scored(loaded, cache, chunk)) for chunk in chunks]
+    found = [jax.device_get(scored(loaded, bank, cache, chunk)) for chunk in chunks]
     return np.stack([losses for losses, _ in found]), np.stack([best for _, best in found])

@@ -6,6 +6,7 @@ Each turn is a process of its own that makes a few steps; the first of them comp
 import dataclasses
 import json
 import os
+import pathlib
 import shutil
 import statistics
 import subprocess
@@ -55,10 +56,21 @@ def measure(context: Context) -> dict[str, Any]:
 
 
 def _ours(context: Context, data: Any, dtype: str, turn: int) -> float:
-    run = context.folder / f"training-{dtype}-{turn}"
+    run = run_sft(context, f"training-{dtype}-{turn}", data, STEPS, dtype)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median([line["tokens_per_second"] for line in lines if "tokens_per_second" in line][WARM_UP:])
+
+
+def run_sft(context: Context, name: str, data: pathlib.Path, steps: int, dtype: str) -> pathlib.Path:
+    """The run folder of `training.sft` with so many steps on the texts of a JSONL file.
+
+    Raises:
+        DriverFailed: it ended with an error.
+    """
+    run = context.folder / name
     shutil.rmtree(run, ignore_errors=True)  # of a benchmark before, which would be continued
     options = {
-        "data": data, "name": "bench/trained", "run": run, "max-steps": STEPS, "batch-size": BATCH, "micro-batch-size": BATCH,
+        "data": data, "name": "bench/trained", "run": run, "max-steps": steps, "batch-size": BATCH, "micro-batch-size": BATCH,
         "max-length": LENGTH, "buckets": 1, "rank": RANK, "alpha": 2 * RANK, "lr": LEARNING_RATE, "schedule": "constant", "warmup": 0, "dtype": dtype,
     }  # fmt: skip
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
@@ -68,8 +80,7 @@ def _ours(context: Context, data: Any, dtype: str, turn: int) -> float:
         code = subprocess.run(command, cwd=PROJECT, stdout=log, stderr=log, env={**os.environ, **environ}).returncode
     if code:
         raise DriverFailed(f"training.sft ended with {code}; its log is {log.name}")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median([line["tokens_per_second"] for line in lines if "tokens_per_second" in line][WARM_UP:])
+    return run
 
 
 def _theirs(context: Context, python: str, texts: list[str], dtype: str) -> float:

@@ -31,7 +31,7 @@ from jaxlora.weights import Weights
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """The bounds that fix every shape: serving slots, tokens of a sequence, tokens of a prefill step, adapters on the device, ranks;
-    how many tokens of a greedy answer may be guessed for a step; and how many decode steps one call may run."""
+    how many tokens of a greedy answer may be guessed for a step; how many decode steps one call may run; and whether adapters are in 8 bits."""
 
     slots: int
     max_seq_len: int
@@ -41,6 +41,7 @@ class Sizes:
     output_layer: bool = False
     guesses: int = 0
     decode_steps: int = 1
+    int8_adapters: bool = False
 
 
 # The rows that a step with guesses may have. With more of them arithmetic takes the time, and not the weights' way through memory.
@@ -61,7 +62,7 @@ class Program:
 
     def __init__(self, config: ModelConfig, weights: Weights, backend: Backend, sizes: Sizes, dtype: str = "float32"):
         self.config, self.sizes, self.backend = config, sizes, backend
-        self.layout = BankLayout.of(config, sizes.max_lora_rank, sizes.output_layer)
+        self.layout = BankLayout.of(config, sizes.max_lora_rank, "int8" if sizes.int8_adapters else dtype, sizes.output_layer)
         self._weights, self._dtype = weights, dtype
         self.bank: Bank | None = None
         self.state: State | None = None
@@ -103,7 +104,7 @@ class Program:
         self.state = self._new_state()
 
     def _empty_bank(self) -> Bank:
-        return Bank.empty(self.layout, self.sizes.lora_slots, self._dtype)
+        return Bank.empty(self.layout, self.sizes.lora_slots)
 
     def _empty_state(self) -> State:
         config, sizes = self.config, self.sizes
@@ -125,7 +126,7 @@ class Program:
     def pack(self, modules: Mapping[str, Pair], rank: int) -> np.ndarray:
         """An adapter of that rank as `put_adapter` takes it. Any thread may call it. Raises ValueError where the bank has no room for it."""
         ranks = self.backend.bank_ranks(rank, self.sizes.max_lora_rank)
-        return self.layout.pack(modules, ranks, jnp.dtype(self._dtype), self.backend.piece(self.layout))
+        return self.layout.pack(modules, ranks, self.backend.piece(self.layout))
 
     def put_adapter(self, slot: int, vector: np.ndarray, rank: int) -> None:
         """Places an adapter, packed by `pack`, into a slot of the bank."""

@@ -41,7 +41,7 @@ class LoraModule(NamedTuple):
     """One module of a `lora` call. Offsets count values from `start` in a slot's part of the bank."""
 
     a: int  # offset of A [max_rank, k], of which the first rows up to the slot's rank are read
-    b: int  # offset of B [max_rank, width], with the adapter's scale folded in
+    b: int  # offset of B [max_rank, width], with the adapter's scale folded in; in a bank of int8 float32 [max_rank] for both follow, as bytes
     column: int  # first column of y
     width: int  # columns of y
 
@@ -175,7 +175,7 @@ class Kernels:
         Arguments:
             y: float32 [m, n].
             x: float32 [m, k].
-            bank: float32 or bfloat16 [slots, size].
+            bank: float32, bfloat16 or int8 [slots, size].
             start: int32 scalar, where the part of a slot begins from which the modules count.
             row_slot: int32 [m], each row's slot of the bank, or -1 for none.
             rank: int32 [slots], true ranks, at most `max_rank`.
@@ -200,7 +200,7 @@ class Kernels:
         """The bank with a piece of an adapter in one slot. In place if donated.
 
         Arguments:
-            bank: float32 or bfloat16 [slots, size].
+            bank: float32, bfloat16 or int8 [slots, size].
             piece: [n] of the same type, values `first` to `first + n` of the adapter: its parts one behind the other, each [rank, width].
                 What lies beyond its end is left out.
             slot, rank, first: int32 scalars.

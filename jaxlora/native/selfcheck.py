@@ -70,13 +70,20 @@ def _lora(dtype: str, kernels: Kernels) -> bool:
     arguments = (
         y,
         x,
-        jnp.asarray(_normal(2, 40 + 16 * 160), dtype),
+        _bank(dtype),
         jnp.int32(40),
         jnp.int32([1, 0, 1, -1, 1, 1, 1]),
         jnp.int32([16, 5]),
     )
     got, want = kernels.lora(*arguments, **options), twin_lora(*arguments, **options)
     return _near(got - y, want - y, 2e-2) if (dtype, kernels.isa) == ("bfloat16", "avx512bf16") else _close(got, want)
+
+
+def _bank(dtype: str) -> Array:
+    parts = _normal(2, 40 + 16 * 160)
+    if dtype != "int8":
+        return jnp.asarray(parts, dtype)
+    return jnp.concatenate([(parts * 30).astype(np.int8), (_normal(2, 16) / 900).view(np.int8)], axis=1)
 
 
 def _causal(kernels: Kernels) -> bool:
@@ -138,4 +145,4 @@ _CHECKS = {
     f"{name} in {dtype}": functools.partial(check, dtype)
     for name, check in (("linear", _linear), ("attention", _attention), ("lora", _lora))
     for dtype in ("float32", "bfloat16")
-} | {"linear in int8": _int8, "causal_attention": _causal, "adapted_linear": _adapted, "argmax_logsumexp": _summary, "embed": _rows, "norms": _norm, "swiglu": _gate}
+} | {"linear in int8": _int8, "lora in int8": functools.partial(_lora, "int8"), "causal_attention": _causal, "adapted_linear": _adapted, "argmax_logsumexp": _summary, "embed": _rows, "norms": _norm, "swiglu": _gate}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.int8 import Int8
+from jaxlora.int8_size import SCALE_BYTES
 
 Array = jax.Array
 
@@ -78,10 +79,12 @@ def twin_lora(
     mask = own[:, :, None] & used
 
     def part(offset: int, width: int) -> Array:
-        return jax.lax.dynamic_slice_in_dim(bank, start + offset, max_rank * width, axis=1).reshape(slots, max_rank, width).astype(jnp.float32)
+        return jax.lax.dynamic_slice_in_dim(bank, start + offset, max_rank * width, axis=1).reshape(slots, max_rank, width)
 
     for module in modules:
-        a, b = part(module.a, k), part(module.b, module.width)
+        a, b = (part(*where).astype(jnp.float32) for where in ((module.a, k), (module.b, module.width)))
+        if bank.dtype == jnp.int8:
+            a *= jax.lax.bitcast_convert_type(part(module.b + max_rank * module.width, SCALE_BYTES), jnp.float32)[:, :, None]
         hidden = jnp.where(mask, jnp.einsum("mk,srk->msr", x, a, precision="highest"), 0)
         # Ranks that a slot does not use may hold anything.
         b = jnp.where(used[:, :, None], b, 0)

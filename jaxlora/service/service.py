@@ -77,6 +77,7 @@ class LoraService:
             output_layer=bool(settings.lora_output_layer),
             guesses=settings.prompt_lookup_tokens,
             decode_steps=settings.decode_steps,
+            int8_adapters=settings.lora_quantization == "int8",
         )
         program = Program(self.config, loaded, chosen, sizes, dtype)
         program.warm_up(progress)

@@ -9,26 +9,40 @@ import pytest
 
 from jaxlora import native
 
-from .arrays import DTYPES, normal, same_bits
+from .arrays import normal, same_bits
 
 twin_lora = jax.jit(native.twin_lora, static_argnames=("modules", "max_rank"))  # compiled once for all instruction sets
 
+DTYPES = ("float32", "bfloat16", "int8")
 SLOTS, MAX_RANK = 5, 16
 START = jnp.int32(7)  # what lies before it in a slot is not the adapter's
 RANKS = jnp.int32([8, 0, 16, 3, 13])
 
 
-def bank_for(k: int, widths: list[int], dtype: str) -> tuple[jax.Array, tuple[native.LoraModule, ...]]:
+def bank_for(k: int, widths: list[int], dtype: str, int8_step: float = 1 / 40) -> tuple[jax.Array, tuple[native.LoraModule, ...]]:
     """A bank whose unused ranks hold NaN, and modules side by side in y with a gap before the first."""
-    modules, parts, column, offset = [], [np.full((SLOTS, int(START)), np.nan)], 2, 0
+    modules, column, offset = [], 2, 0
+    parts = [np.full((SLOTS, int(START)), 99, np.int8) if dtype == "int8" else np.full((SLOTS, int(START)), np.nan)]
     used = np.arange(MAX_RANK) < np.asarray(RANKS)[:, None]
     for width in widths:
         modules.append(native.LoraModule(offset, offset + MAX_RANK * k, column, width))
         for size in (k, width):
             values = normal(offset + size, SLOTS, MAX_RANK, size)
-            parts.append(np.where(used[:, :, None], values, np.nan).reshape(SLOTS, -1))
-        column, offset = column + width, offset + MAX_RANK * (k + width)
-    return jnp.asarray(np.concatenate(parts, axis=1), dtype), tuple(modules)
+            if dtype == "int8":
+                parts.append(np.rint(values / int8_step).clip(-127, 127).astype(np.int8))
+            else:
+                parts.append(np.where(used[:, :, None], values, np.nan))
+            offset += MAX_RANK * size
+        if dtype == "int8":
+            scales = int8_step**2 * 2.0 ** np.random.default_rng(width).integers(-1, 2, (SLOTS, MAX_RANK))
+            parts.append(np.where(used, scales, np.nan).astype(np.float32).view(np.int8))
+            offset += MAX_RANK * 4
+        column += width
+    return jnp.asarray(np.concatenate([part.reshape(SLOTS, -1) for part in parts], axis=1), dtype), tuple(modules)
+
+
+def round_values(bank: jax.Array) -> jax.Array:
+    return bank if bank.dtype == jnp.int8 else jnp.round(bank)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,17 +58,18 @@ def test_lora_equals_its_twin(kernels: native.Kernels, dtype: str, k: int, width
     if rounded:
         x = x.astype(jnp.bfloat16).astype(np.float32)
     got = jax.jit(functools.partial(kernels.lora, **options))(y, x, bank, START, jnp.int32(rows), RANKS)
-    want = twin_lora(y, x, jnp.nan_to_num(bank), START, jnp.int32(rows), RANKS, **options)
+    want = twin_lora(y, x, bank, START, jnp.int32(rows), RANKS, **options)
+    assert np.isfinite(want).all()
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=(5e-2 if rounded else 1e-4) * k**0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_of_whole_numbers_are_exact(kernels: native.Kernels, dtype: str) -> None:
     # Rounding to bfloat16 leaves whole numbers up to 256 as they are, so nothing may be off wherever values are rounded on their way.
-    bank, modules = bank_for(576, [300, 33], dtype)
+    bank, modules = bank_for(576, [300, 33], dtype, int8_step=1)
     y, x, slots = np.round(normal(0, 7, 336)), np.round(normal(1, 7, 576)), jnp.int32([2, -1, 2, 0, 4, 3, 2])
-    arguments, options = (y, x, jnp.round(bank), START, slots, RANKS), dict(modules=modules, max_rank=MAX_RANK)
-    want = twin_lora(y, x, jnp.nan_to_num(jnp.round(bank)), START, slots, RANKS, **options)
+    arguments, options = (y, x, round_values(bank), START, slots, RANKS), dict(modules=modules, max_rank=MAX_RANK)
+    want = twin_lora(*arguments, **options)
     assert np.abs(want).max() > 100
     np.testing.assert_array_equal(jax.jit(functools.partial(kernels.lora, **options))(*arguments), want)
 

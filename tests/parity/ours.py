@@ -92,9 +92,9 @@ class Ours:
 
     @functools.cached_property
     def _bank(self) -> tuple[lora.BankLayout, lora.Bank]:
-        layout = lora.BankLayout.of(self.config, MAX_RANK, output_layer=True)
+        layout = lora.BankLayout.of(self.config, MAX_RANK, "float32", output_layer=True)
         bank = lora.Bank.empty(layout, len(self.adapters) + 1)
         for name, adapter in self.adapters.items():
-            vector = layout.pack(adapter.modules, MAX_RANK, np.dtype(np.float32), layout.size)
+            vector = layout.pack(adapter.modules, MAX_RANK, layout.size)
             bank = lora.put(bank, vector, self._slot(name), adapter.rank)
         return layout, bank

@@ -12,7 +12,8 @@ from training import sft
 
 from .harness import CACHE, Http, Refused, serving
 
-SETTINGS = {"max_slots": 2, "max_seq_len": 128, "prefill_chunk": 16, "lora_slots": 2, "max_lora_rank": 8}
+# Adapters in 8 bits, as other servers of these tests have them in the type of the weights.
+SETTINGS = {"max_slots": 2, "max_seq_len": 128, "prefill_chunk": 16, "lora_slots": 2, "max_lora_rank": 8, "lora_quantization": "int8"}
 
 
 @pytest.fixture(scope="module")

@@ -86,11 +86,14 @@ struct Causal {
   float scale;
 };
 
-// One module of a LoRA call: y[:, column : column + n] += (x A^T) B for the rows of each adapter.
+// One module of a LoRA call: y[:, column : column + n] += (x A^T) B for the rows of each adapter. In a bank of int8 float32 scales
+// [ranks] follow B, by which x A^T is multiplied.
 struct LoraModule {
   int64_t a, b;       // offsets into an adapter's part of the bank: A is [ranks, k], B is [ranks, n]
   int64_t column, n;  // its columns of y
 };
+
+constexpr int64_t kScaleBytes = sizeof(float);
 
 // The rows that share an adapter: entries [begin, end) of Lora::rows.
 struct LoraGroup {
@@ -140,8 +143,10 @@ struct Kernels {
   // Items are those of `down` (kRankBlock ranks) and of `up` (kColumnBlock columns).
   void (*lora_down_f32)(const Lora&, int64_t begin, int64_t end);
   void (*lora_down_bf16)(const Lora&, int64_t begin, int64_t end);
+  void (*lora_down_i8)(const Lora&, int64_t begin, int64_t end);
   void (*lora_up_f32)(const Lora&, int64_t begin, int64_t end);
   void (*lora_up_bf16)(const Lora&, int64_t begin, int64_t end);
+  void (*lora_up_i8)(const Lora&, int64_t begin, int64_t end);
   // Items are rows of logits [m, n].
   void (*summarize)(const float* logits, int32_t* argmax, float* logsumexp, int64_t n, int64_t begin, int64_t end);
   // Items are rows of x [m, n].

@@ -176,6 +176,20 @@ struct LoraPart {
   int64_t count, stride;
 };
 
+// Where the scales of a module lie in a bank of int8.
+INLINE const int8_t* scales_of(const Lora& l, const LoraPart<int8_t>& part) {
+  return static_cast<const int8_t*>(l.bank) + part.group.slot * l.size + part.module.b + l.ranks * part.module.n;
+}
+
+// hidden[r] *= scales[r], which need not be aligned.
+INLINE void scale_ranks(float* hidden, const int8_t* scales, int64_t count) {
+  for (int64_t r = 0; r < count; ++r) {
+    float scale;
+    __builtin_memcpy(&scale, scales + r * kScaleBytes, sizeof scale);
+    hidden[r] *= scale;
+  }
+}
+
 // [begin, end) in blocks of N, then of the smaller ones, and then of one: body(the size of the block, its first).
 template <int N, int... Smaller, typename Body>
 INLINE void in_blocks(int64_t begin, int64_t end, Body body) {
@@ -226,6 +240,9 @@ void lora_down(const Lora& l, int64_t begin, int64_t end) {
                  in_blocks<R>(0, part.count, [&](auto ranks, int64_t rank) {
                    dot_ranks<Math, M, decltype(ranks)::value>(x, part.weights, hidden, rank, l.k, ahead);
                  });
+                 if constexpr (std::is_same_v<T, int8_t>) {
+                   for (int m = 0; m < M; ++m) scale_ranks(hidden[m], scales_of(l, part) + item.first * kScaleBytes, part.count);
+                 }
                });
 }
 

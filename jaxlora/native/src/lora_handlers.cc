@@ -15,8 +15,8 @@ ffi::Error lora(F32 y_in, F32 x, ffi::AnyBuffer bank, S32 start, S32 row_slot, S
   if (xs.size() != 2 || ys.size() != 2 || bs.size() != 2 || xs[0] != ys[0])
     return bad("lora takes y [m, n], x [m, k], bank [slots, size]");
   if (y->untyped_data() != y_in.untyped_data()) return bad("y is not updated in place");
-  const bool bf16 = bank.element_type() == ffi::BF16;
-  if (!bf16 && bank.element_type() != ffi::F32) return bad("the bank is float32 or bfloat16");
+  const bool bf16 = bank.element_type() == ffi::BF16, int8 = bank.element_type() == ffi::S8;
+  if (!bf16 && !int8 && bank.element_type() != ffi::F32) return bad("the bank is float32, bfloat16 or int8");
   const int64_t m = xs[0], k = xs[1], n = ys[1], slots = bs[0];
   if (row_slot.element_count() != static_cast<size_t>(m)) return bad("row_slot takes one number a row");
   if (rank.element_count() != static_cast<size_t>(slots)) return bad("rank takes one number a slot");
@@ -26,7 +26,7 @@ ffi::Error lora(F32 y_in, F32 x, ffi::AnyBuffer bank, S32 start, S32 row_slot, S
   for (size_t i = 0; i < a_offsets.size(); ++i) {
     LoraModule module{start.typed_data()[0] + a_offsets[i], start.typed_data()[0] + b_offsets[i], columns[i], widths[i]};
     if (module.a < 0 || module.b < 0 || module.column < 0 || module.a + ranks * k > bs[1] ||
-        module.b + ranks * module.n > bs[1] || module.column + module.n > n) {
+        module.b + ranks * (module.n + (int8 ? kScaleBytes : 0)) > bs[1] || module.column + module.n > n) {
       return bad("module " + std::to_string(i) + " lies outside of the bank or of y");
     }
     modules.push_back(module);
@@ -81,14 +81,15 @@ ffi::Error lora(F32 y_in, F32 x, ffi::AnyBuffer bank, S32 start, S32 row_slot, S
                row_stride(bf16, k),
                n,
                ranks};
+  const auto lora_down = int8 ? active->lora_down_i8 : bf16 ? active->lora_down_bf16 : active->lora_down_f32;
+  const auto lora_up = int8 ? active->lora_up_i8 : bf16 ? active->lora_up_bf16 : active->lora_up_f32;
   Pool& pool = Pool::instance();
-  pool.split(l.down_count,
-             [&](int64_t begin, int64_t end) { (bf16 ? active->lora_down_bf16 : active->lora_down_f32)(l, begin, end); });
-  pool.split(l.up_count, [&](int64_t begin, int64_t end) { (bf16 ? active->lora_up_bf16 : active->lora_up_f32)(l, begin, end); });
+  pool.split(l.down_count, [&](int64_t begin, int64_t end) { lora_down(l, begin, end); });
+  pool.split(l.up_count, [&](int64_t begin, int64_t end) { lora_up(l, begin, end); });
   return ffi::Error::Success();
 }
 
-// Copies a piece of an adapter into a slot of the bank. In the bank a part (A or B of a module) has room for `ranks` ranks; an adapter
+// Copies a piece of an adapter into a slot of the bank. In the bank a part (A, B or scales of a module) has room for `ranks` ranks; an adapter
 // comes with its parts in the same order one behind the other, each of `rank` ranks. The piece begins at value `first` of that.
 ffi::Error place(ffi::AnyBuffer bank_in, ffi::AnyBuffer piece, S32 slot, S32 rank, S32 first, ffi::Result<ffi::AnyBuffer> bank,
                  ffi::Span<const int64_t> offsets, int64_t ranks) {

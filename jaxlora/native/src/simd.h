@@ -66,6 +66,9 @@ INLINE Vec even_bf16(const uint32_t* p) {
 INLINE Vec odd_bf16(const uint32_t* p) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
+INLINE Vec load_int8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 INLINE float sum(Vec v) {
   __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
   __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -154,6 +157,9 @@ INLINE Vec odd_bf16(const uint32_t* p) {
   __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
+INLINE Vec load_int8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 INLINE float sum(Vec v) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -187,17 +193,16 @@ INLINE Vec load_value(const float* p) {
 INLINE Vec load_value(const uint16_t* p) {
   return load_bf16(p);
 }
+INLINE Vec load_value(const int8_t* p) {
+  return load_int8(p);
+}
 
 // The first `count` values, then zeros.
-INLINE Vec load_part(const float* p, int64_t count) {
-  alignas(64) float lanes[kWidth] = {};
-  __builtin_memcpy(lanes, p, static_cast<size_t>(count) * sizeof(float));
-  return load(lanes);
-}
-INLINE Vec load_part(const uint16_t* p, int64_t count) {
-  alignas(64) uint16_t lanes[kWidth] = {};
-  __builtin_memcpy(lanes, p, static_cast<size_t>(count) * sizeof(uint16_t));
-  return load_bf16(lanes);
+template <typename T>
+INLINE Vec load_part(const T* p, int64_t count) {
+  alignas(64) T lanes[kWidth] = {};
+  __builtin_memcpy(lanes, p, static_cast<size_t>(count) * sizeof(T));
+  return load_value(lanes);
 }
 
 // To the nearest bfloat16, ties to even; NaN stays NaN.
