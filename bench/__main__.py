@@ -19,7 +19,7 @@ from bench import adapters, machine, report, scenarios
 from bench.drivers import DRIVERS
 from bench.gguf_files import NoGguf, write_adapter, write_model
 from bench.session import Session
-from bench.worker import DriverFailed
+from bench.worker import GREEDY, DriverFailed
 from bench.workloads import MIXES, PRECISIONS, Prompts, rows
 from jaxlora import huge_pages
 from jaxlora.checkpoint import resolve
@@ -39,7 +39,7 @@ def main() -> None:
     cache = settings.cache_dir / "bench"
     model = resolve(settings.model, settings.cache_dir, say)
     config = ModelConfig.from_folder(model)
-    prompts = Prompts(Tokenizer.from_folder(model))
+    prompts = Prompts(Tokenizer.from_folder(model), options.sampling)
     say("preparing adapters")
     prepared = adapters.prepare(cache, config, settings, adapters.sixteen())
     say("measuring the machine")
@@ -85,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", type=shapes, default=shapes("64/64,512/64,64/1"), help="prompt/answer tokens; `none`: no rows")
     parser.add_argument("--streams", type=lambda text: [int(count) for count in text.split(",")], default=[1, 4, 8, 16], help="requests at a time")
     parser.add_argument("--mixes", type=one_of(MIXES), default=list(MIXES), help=f"of {','.join(MIXES)}")
+    parser.add_argument("--sampling", type=sampling, default=GREEDY, help="of the rows' answers, as temperature=0.8,top_p=0.95 (or top_k, min_p); default: greedy")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions of each row")
     parser.add_argument("--scenarios", type=one_of(scenarios.SCENARIOS), default=list(scenarios.SCENARIOS), help=f"of {','.join(scenarios.SCENARIOS)}, or none")
     parser.add_argument("--counts", type=lambda text: [int(count) for count in text.split(",")], default=[1, 8, 64, 512, 2000], help="adapters on disk, for scenario `zipf`")
@@ -112,6 +113,16 @@ def shapes(text: str) -> list[tuple[int, int]]:
     if text == "none":
         return []
     return [(int(prompt), int(answer)) for prompt, _, answer in (shape.partition("/") for shape in text.split(","))]
+
+
+def sampling(text: str) -> dict[str, float]:
+    """All of a sampler's settings, since systems have defaults of their own for those that are left out."""
+    found = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    for name, _, value in (pair.partition("=") for pair in text.split(",")):
+        if name not in found:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(found)}")
+        found[name] = type(found[name])(value)
+    return found
 
 
 def make_setup(

@@ -83,7 +83,7 @@ class Session:
             found[name] = {"cannot": refusals[name]} if name in refusals else _summary(measured)
         reference = "peft" if "peft" in ids else "engine"
         for name in ids.keys() - refusals.keys():
-            if reference in ids and all(ids[name]):
+            if reference in ids and all(ids[name]) and not requests[0].sampling["temperature"]:
                 found[name]["agreement"] = {"with": reference, "share": measure.agreement(ids[name], ids[reference])}
         speed = "prefill" if row.answer == 1 else "decode"
         self._say(f"  {row}: " + ", ".join(f"{name} {numbers[speed]['median']:.0f}" for name, numbers in found.items() if speed in numbers))

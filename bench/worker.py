@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from bench import processes
 from jaxlora import huge_pages
 
+GREEDY = {"temperature": 0.0}
 START_TIMEOUT_S = 900.0
 CALL_TIMEOUT_S = 300.0
 EXIT_TIMEOUT_S = 30.0
@@ -28,12 +29,14 @@ EXIT_TIMEOUT_S = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt, as token ids and as the text that encodes to exactly these. `adapter` is a name of the set-up; empty: base model."""
+    """One prompt, as token ids and as the text that encodes to exactly these. `adapter` is a name of the set-up; empty: base model.
+    `sampling` has the names that all front doors know."""
 
     prompt: list[int]
     text: str
     answer: int
     adapter: str = ""
+    sampling: Mapping[str, float] = dataclasses.field(default_factory=GREEDY.copy)
 
 
 @dataclasses.dataclass

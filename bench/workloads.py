@@ -5,11 +5,11 @@ has prompts of its own, so that no system can answer from a cache what it is to 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bench.worker import Request
+from bench.worker import GREEDY, Request
 from jaxlora import int8_size
 from jaxlora.text import Tokenizer
 
@@ -49,10 +49,10 @@ def rows(shapes: Sequence[tuple[int, int]], streams: Sequence[int], mixes: Seque
 
 
 class Prompts:
-    """Prompts of a tokenizer, by seed."""
+    """Prompts of a tokenizer, by seed; `sampling` is that of every request (see `bench.worker.Request`)."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, sampling: Mapping[str, float] = GREEDY):
+        self._tokenizer, self._sampling = tokenizer, sampling
         self._words = single_token_words(tokenizer)
         self._special = len(tokenizer.encode(""))
 
@@ -72,7 +72,9 @@ class Prompts:
         """The requests of one repetition of a row; `answer` shortens the answers, to warm up."""
         names = {"base": [""], "one": adapters[:1], "mixed": adapters}[row.mix]
         made = (self.make(row.prompt, repetition, row.streams, row.prompt, index) for index in range(row.streams))
-        return [Request(ids, text, answer or row.answer, names[index % len(names)]) for index, (ids, text) in enumerate(made)]
+        return [
+            Request(ids, text, answer or row.answer, names[index % len(names)], self._sampling) for index, (ids, text) in enumerate(made)
+        ]
 
 
 def single_token_words(tokenizer: Tokenizer) -> np.ndarray:

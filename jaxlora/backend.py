@@ -60,6 +60,11 @@ class Backend(Elements, Protocol):
     def argmax_logsumexp(self, logits: Array) -> tuple[Array, Array]:
         """The first largest of each row of `[B, V]`, and the logarithm of its summed exponentials."""
 
+    def draw(
+        self, logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, keys: Array, positions: Array
+    ) -> Array:
+        """A token, int32 `[B]`, for each row of `logits [B, V]` with a temperature above 0: see `native.Kernels.draw`."""
+
     def attend(self, config: ModelConfig, rotation: tuple[Array, Array], rows: Rows) -> Attend:
         """Attention of a step: stores new keys and values in a layer's caches, a pair of `[S, K, L, C]`, and attends over them.
 
@@ -75,6 +80,7 @@ class XlaBackend(PlainElements):
     packing = PlainPacking()
     name = "xla"
     cut_invariant = False
+    draw = staticmethod(native.twin_draw)
 
     @property
     def dtype(self) -> str:
@@ -190,6 +196,7 @@ class NativeBackend:
     compiler_options = {}
     dtype = "bfloat16"
     cut_invariant = True
+    draw = staticmethod(native.Kernels.draw)
 
     @property
     def packing(self) -> NativePacking:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlora.backend import XlaBackend
 from jaxlora.engine import sampling
 from jaxlora.engine.batch import idle_batch
-from jaxlora.native import twin_argmax_logsumexp
+from jaxlora.native.twins import keep_likely
 
 VOCAB = 50
 ROWS = 4
@@ -32,8 +33,8 @@ def run(logits, positions=None, history=None, **settings):
             array[:] = value
     positions = np.zeros(rows, np.int32) if positions is None else np.asarray(positions, np.int32)
     history = history or sampling.History.empty(rows, vocab)
-    step = jax.jit(sampling.sample, static_argnames="summarize")
-    return jax.device_get(step(logits, sampler, positions, history, np.arange(rows, dtype=np.int32), twin_argmax_logsumexp))
+    step = jax.jit(sampling.sample, static_argnames="backend")
+    return jax.device_get(step(logits, sampler, positions, history, np.arange(rows, dtype=np.int32), XlaBackend()))
 
 
 def softmax(x):
@@ -67,7 +68,7 @@ def test_neutral_settings_take_the_largest(logits):
 def test_the_filters_keep_what_sorting_keeps(logits, rules):
     full = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | rules
     arrays = (np.full(ROWS, full[name]) for name in ("top_k", "top_p", "min_p"))
-    kept = np.isfinite(sampling.keep_likely(logits, *arrays))
+    kept = np.isfinite(keep_likely(logits, *arrays))
     assert (kept == [kept_by_rules(row, **rules) for row in logits]).all()
     assert kept.any(axis=1).all()
 

@@ -66,7 +66,7 @@ class EngineDriver:
             gate.acquire()
             _, adapter = self._service.check({"lora_name": request.adapter}, request.prompt)
             sinks.append(Collector(gate))
-            params = SamplingParams(max_tokens=request.answer)
+            params = SamplingParams(max_tokens=request.answer, **request.sampling)
             self._service.engine.submit(EngineRequest(tuple(request.prompt), params, sinks[-1], adapter, account=account_of(adapter)))
         for sink in sinks:
             sink.done.wait()

@@ -81,7 +81,7 @@ class TritonDriver:
             return await closed_loop(requests, concurrency, send)
 
     def _message(self, request: Request) -> service_pb2.ModelInferRequest:
-        sampling = {"max_tokens": request.answer, "temperature": 0.0, "ignore_eos": True}
+        sampling = {"max_tokens": request.answer, "ignore_eos": True, **request.sampling}
         return wire.infer_request(MODEL, fields_of(request.text, request.adapter or None, self.stream, sampling), None)
 
 

@@ -53,7 +53,7 @@ class LlamaDriver:
         lora = {"id": self._adapters[request.adapter], "scale": 1} if request.adapter else {"id": 0, "scale": 0}
         body = {
             "prompt": request.prompt, "n_predict": request.answer, "stream": True, "return_tokens": True, "ignore_eos": True,
-            "temperature": 0, "cache_prompt": False, "lora": [lora],
+            "cache_prompt": False, "lora": [lora], **request.sampling,
         }  # fmt: skip
         async with contextlib.aclosing(server_sent_events("127.0.0.1", self._port, "/completion", body)) as responses:
             sent, raw = await stamped(responses)

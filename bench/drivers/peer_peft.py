@@ -58,8 +58,10 @@ class PeftDriver:
         names = [self._names.get(request.adapter, BASE) for request in requests]
         clock = Clock()
         sent = time.monotonic()
+        [sampling] = [dict(pairs) for pairs in {tuple(request.sampling.items()) for request in requests}]
+        sampling = {"do_sample": True, **sampling} if sampling["temperature"] else {"do_sample": False}
         arguments = {
-            "attention_mask": torch.ones_like(prompts), "do_sample": False, "min_new_tokens": answer, "max_new_tokens": answer,
+            "attention_mask": torch.ones_like(prompts), **sampling, "min_new_tokens": answer, "max_new_tokens": answer,
             "eos_token_id": None, "pad_token_id": 0, "stopping_criteria": transformers.StoppingCriteriaList([clock]),
         }  # fmt: skip
         if set(names) == {BASE}:

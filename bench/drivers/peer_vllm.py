@@ -63,7 +63,7 @@ class VllmDriver:
     async def _send(self, request: Request) -> Answer:
         body = {
             "model": request.adapter or BASE, "prompt": request.prompt, "max_tokens": request.answer, "stream": True,
-            "ignore_eos": True, "temperature": 0, "return_token_ids": True,
+            "ignore_eos": True, "return_token_ids": True, **request.sampling,
         }  # fmt: skip
         async with contextlib.aclosing(server_sent_events("127.0.0.1", self._port, "/v1/completions", body)) as responses:
             sent, raw = await stamped(responses)

@@ -58,4 +58,4 @@ def _requests(tokenizer: Tokenizer, task: str, repeat: int) -> Iterator[Request]
             # Every repetition asks something else, which no cache has seen.
             text, number = " ".join(paragraph.split()[repetition:][:90]), repetition * PARAGRAPHS + index + 1
             messages = [{"role": "user", "content": TASKS[task].format(text=text, number=number)}]
-            yield Request(tokenizer.apply_chat_template(messages), tokenizer.render_chat(messages), ANSWER, "")
+            yield Request(tokenizer.apply_chat_template(messages), tokenizer.render_chat(messages), ANSWER)

@@ -225,7 +225,7 @@ class Program:
         history = state.history
         if batch.tokens.shape[1] > 1:
             history = sampling.record_prompt(history, batch.reads.sum(), slots, batch.tokens.reshape(-1), starts, lengths, batch.offsets)
-        sampled = sampling.sample(logits, batch.sampler, starts + lengths, history, slots, self.backend.argmax_logsumexp)
+        sampled = sampling.sample(logits, batch.sampler, starts + lengths, history, slots, self.backend)
         return State(cache, sampling.record_answer(history, slots, sampled.tokens, batch.emit != 0)), sampled
 
     def _trace_guesses(

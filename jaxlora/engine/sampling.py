@@ -4,13 +4,13 @@ A row's choice depends on its own logits, settings, seed and position only: ever
 rows of a batch nor the batch size can change it. Letters in shapes: B rows, V vocabulary, S slots.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
+
+from jaxlora.backend import Backend
 
 TOP = 20
 WIDTH = 3 + 2 * TOP  # values of a row that `pack` gives, with its probabilities
@@ -99,28 +99,26 @@ def record_answer(history: History, slots: Array, tokens: Array, live: Array) ->
     return History(history.prompt, answer)
 
 
-# summarize(logits [B, V]) -> the first largest of each row, int32 `[B]`, and the logarithm of the row's summed exponentials `[B]`.
-Summarize = Callable[[Array], tuple[Array, Array]]
-
-
-def sample(
-    logits: Array, rows: SamplerRows, positions: Array, history: History, slots: Array, summarize: Summarize
-) -> Sampled:
+def sample(logits: Array, rows: SamplerRows, positions: Array, history: History, slots: Array, backend: Backend) -> Sampled:
     """The next token of every row from `logits` float32 `[B, V]`; `positions` int32 `[B]` is where that token will stand.
 
     Log-probabilities are those of the model itself, before penalties, temperature and filters. A batch in which nobody asks for any of
     these pays for none of them, and its rows come out as they would beside ones that do.
     """
     batch, vocab = logits.shape
-    best, total = summarize(logits)
+    best, total = backend.argmax_logsumexp(logits)
     penalised = jnp.any((rows.repetition != 1) | (rows.frequency != 0) | (rows.presence != 0))
     warm = rows.temperature > 0
 
     def shaped() -> Array:
         shaped = jax.lax.cond(penalised, lambda: _penalise(logits, rows, history, slots), lambda: logits)
         shaped = shaped.at[jnp.arange(batch)[:, None], rows.banned].set(-jnp.inf, mode="drop")
-        best, _ = summarize(shaped)
-        return jax.lax.cond(jnp.any(warm), lambda: jnp.where(warm, _draw(shaped, rows, positions), best), lambda: best)
+        best, _ = backend.argmax_logsumexp(shaped)
+
+        def drawn() -> Array:
+            return backend.draw(shaped, rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.key, positions)
+
+        return jax.lax.cond(jnp.any(warm), lambda: jnp.where(warm, drawn(), best), lambda: best)
 
     tokens = jax.lax.cond(penalised | jnp.any(warm) | jnp.any(rows.banned < vocab), shaped, lambda: best)
     nothing = (jnp.zeros(batch), jnp.zeros((batch, TOP), jnp.int32), jnp.zeros((batch, TOP)))
@@ -134,52 +132,6 @@ def _penalise(logits: Array, rows: SamplerRows, history: History, slots: Array) 
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(prompt | (answer > 0), repeated, logits)
     return logits - rows.frequency[:, None] * answer - rows.presence[:, None] * (answer > 0)
-
-
-def _draw(logits: Array, rows: SamplerRows, positions: Array) -> Array:
-    logits = logits / jnp.maximum(rows.temperature, 1e-6)[:, None]
-    filtered = jnp.any((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
-    logits = jax.lax.cond(filtered, lambda: keep_likely(logits, rows.top_k, rows.top_p, rows.min_p), lambda: logits)
-
-    def noise(row: tuple[Array, Array, Array]) -> Array:
-        key, position, warm = row
-        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
-        return jax.lax.cond(warm, lambda: jax.random.gumbel(key, logits.shape[1:]), lambda: jnp.zeros(logits.shape[1:]))
-
-    # The Gumbel-max trick: the largest of logit + noise is a draw from the softmax. On CPUs only the rows that need it pay for it.
-    row_by_row = jax.lax.map if jax.default_backend() == "cpu" else lambda function, rows: jax.vmap(function)(rows)
-    added = row_by_row(noise, (rows.key, positions, rows.temperature > 0))
-    return jnp.argmax(logits + added, axis=-1).astype(jnp.int32)
-
-
-def keep_likely(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
-    """Logits `[B, V]` with what top-k, then top-p (Holtzman et al. 2020), then min-p (Nguyen et al. 2024) leave out set to -inf.
-
-    The thresholds are found by bisection on the bits of the numbers, which is exact and spares sorting the vocabulary. Ties at a
-    threshold stay in.
-    """
-    order = _ordered(logits)
-
-    def threshold(enough) -> Array:
-        def bit(index: Array, found: Array) -> Array:
-            candidate = found | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
-            return jnp.where(enough(order >= candidate[:, None]), candidate, found)
-
-        return jax.lax.fori_loop(0, 32, bit, jnp.zeros(logits.shape[0], jnp.uint32))[:, None]
-
-    k = jnp.where(top_k > 0, top_k, logits.shape[1])
-    kept = order >= threshold(lambda above: above.sum(axis=-1) >= k)
-    shares = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
-    nucleus = threshold(lambda above: jnp.where(above, shares, 0.0).sum(axis=-1) >= top_p)
-    kept = kept & ((order >= nucleus) | (top_p >= 1)[:, None])
-    kept = kept & (shares >= min_p[:, None] * shares.max(axis=-1, keepdims=True))
-    return jnp.where(kept, logits, -jnp.inf)
-
-
-def _ordered(x: Array) -> Array:
-    """float32 as uint32 of the same order."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(0x80000000))
 
 
 def _logprobs(logits: Array, total: Array, tokens: Array) -> tuple[Array, Array, Array]:

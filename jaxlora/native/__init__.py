@@ -1,4 +1,4 @@
-"""Kernels for CPUs behind `jax.ffi`: products with packed weights, attention over a cache, LoRA by adapter, greedy choice; and for training
+"""Kernels for CPUs behind `jax.ffi`: products with packed weights, attention over a cache, LoRA by adapter, the choice of tokens; and for training
 products with frozen weights and causal attention, with their gradients.
 
 Contract
@@ -7,7 +7,7 @@ Contract
 - A row's result is the same bit for bit whatever the number of rows, its place among them, the other rows, the chunk a token came
   in, and the number of threads. It differs between instruction sets (but for products with int8 weights) and from the twins, within rounding.
 - What is updated (caches, y) is updated in place: donate it, or let it be a value that nothing else uses.
-- Activations are float32; weights are float32, bfloat16 or int8, caches and the bank of adapters float32 or bfloat16.
+- Activations are float32; weights are float32, bfloat16 or int8, caches float32 or bfloat16, the bank of adapters any of these.
 - `JAXLORA_NATIVE_THREADS` (default: the CPUs that the process may run on) and `JAXLORA_NATIVE_ISA` override what is found.
 
 Knows nothing of models, adapters as files, or the engine.
@@ -17,7 +17,7 @@ from jaxlora.native.gradients import adapted_linear, causal_attention, frozen_li
 from jaxlora.native.kernels import Kernels, LoraModule, Packed, pack_linear
 from jaxlora.native.loading import load
 from jaxlora.native.twins import (
-    twin_add_norm, twin_argmax_logsumexp, twin_attention, twin_linear, twin_lora, twin_rms_norm, twin_swiglu,
+    twin_add_norm, twin_argmax_logsumexp, twin_attention, twin_draw, twin_linear, twin_lora, twin_rms_norm, twin_swiglu,
 )  # fmt: skip
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "twin_add_norm",
     "twin_argmax_logsumexp",
     "twin_attention",
+    "twin_draw",
     "twin_linear",
     "twin_lora",
     "twin_rms_norm",

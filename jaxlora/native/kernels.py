@@ -245,3 +245,18 @@ class Kernels:
         rows = logits.shape[:1]
         results = [jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, jnp.float32)]
         return tuple(jax.ffi.ffi_call("jaxlora_summarize", results)(logits))
+
+    @staticmethod
+    def draw(logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, keys: Array, positions: Array) -> Array:
+        """int32 [m], for rows with a temperature above 0 a draw from what top-k, then top-p (Holtzman et al. 2020), then min-p (Nguyen et al.
+        2024) leave of softmax(logits / temperature); 0 for others. Equal probabilities at a threshold stay in.
+
+        Arguments:
+            logits: float32 [m, n].
+            temperature, top_p, min_p: float32 [m]; a top_p of 1 or a min_p of 0 leaves nothing out.
+            top_k: int32 [m], 0 for all.
+            keys: uint32 [m, 2], raw keys of JAX's `threefry2x32`.
+            positions: int32 [m], folded into the keys. Draws are the largest of the logits with Gumbel noise (`jax.random.gumbel`).
+        """
+        call = jax.ffi.ffi_call("jaxlora_draw", jax.ShapeDtypeStruct(logits.shape[:1], jnp.int32))
+        return call(logits, temperature, top_k, top_p, min_p, keys, positions)

@@ -15,7 +15,7 @@ from jaxlora.int8_size import GROUP
 from jaxlora.native.gradients import adapted_linear, causal_attention
 from jaxlora.native.kernels import Kernels, LoraModule, pack_linear
 from jaxlora.native.twins import (
-    twin_add_norm, twin_argmax_logsumexp, twin_attention, twin_linear, twin_lora, twin_rms_norm, twin_swiglu,
+    twin_add_norm, twin_argmax_logsumexp, twin_attention, twin_draw, twin_linear, twin_lora, twin_rms_norm, twin_swiglu,
 )  # fmt: skip
 
 
@@ -123,6 +123,15 @@ def _summary(kernels: Kernels) -> bool:
     return _close(kernels.argmax_logsumexp(logits), twin_argmax_logsumexp(logits))
 
 
+def _draw(kernels: Kernels) -> bool:
+    # Several rows of each kind of setting, of which not all may come out by chance.
+    rows, settings = 12, dict(top_k=jnp.int32([0, 7, 0]), top_p=jnp.float32([1, 1, 0.8]), min_p=jnp.float32([0, 0.01, 0]))
+    settings = {name: jnp.resize(values, rows) for name, values in settings.items()}
+    keys, positions = jnp.arange(2 * rows, dtype=jnp.uint32).reshape(rows, 2), jnp.arange(rows) * 1000
+    arguments = jnp.asarray(_normal(rows, 1003) * 3), jnp.full(rows, 0.8), *settings.values(), keys, positions
+    return bool(jnp.array_equal(kernels.draw(*arguments), twin_draw(*arguments)))
+
+
 def _norm(kernels: Kernels) -> bool:
     x, more, scale = _normal(3, 70), _normal(3, 70) + 1, _normal(70)
     alone = kernels.rms_norm(x, scale, 1e-5), twin_rms_norm(x, scale, 1e-5)
@@ -145,4 +154,7 @@ _CHECKS = {
     f"{name} in {dtype}": functools.partial(check, dtype)
     for name, check in (("linear", _linear), ("attention", _attention), ("lora", _lora))
     for dtype in ("float32", "bfloat16")
-} | {"linear in int8": _int8, "lora in int8": functools.partial(_lora, "int8"), "causal_attention": _causal, "adapted_linear": _adapted, "argmax_logsumexp": _summary, "embed": _rows, "norms": _norm, "swiglu": _gate}
+} | {
+    "linear in int8": _int8, "lora in int8": functools.partial(_lora, "int8"), "causal_attention": _causal, "adapted_linear": _adapted,
+    "argmax_logsumexp": _summary, "draw": _draw, "embed": _rows, "norms": _norm, "swiglu": _gate,
+}  # fmt: skip

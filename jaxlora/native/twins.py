@@ -2,6 +2,8 @@
 without the library. Results agree within rounding, not bit for bit: the order of adding differs.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -112,3 +114,50 @@ def twin_swiglu(x: Array) -> Array:
 def twin_argmax_logsumexp(logits: Array) -> tuple[Array, Array]:
     """As `Kernels.argmax_logsumexp`."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), jax.nn.logsumexp(logits, axis=-1)
+
+
+def twin_draw(logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, keys: Array, positions: Array) -> Array:
+    """As `Kernels.draw`."""
+    logits = logits / jnp.maximum(temperature, 1e-6)[:, None]
+    filtered = jnp.any((top_k > 0) | (top_p < 1) | (min_p > 0))
+    logits = jax.lax.cond(filtered, lambda: keep_likely(logits, top_k, top_p, min_p), lambda: logits)
+
+    def noise(row: tuple[Array, Array, Array]) -> Array:
+        key, position, warm = row
+        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
+        return jax.lax.cond(warm, lambda: jax.random.gumbel(key, logits.shape[1:]), lambda: jnp.zeros(logits.shape[1:]))
+
+    # The Gumbel-max trick: the largest of logit + noise is a draw from the softmax. On CPUs only the rows that need it pay for it.
+    rows = keys, positions, temperature > 0
+    added = jax.lax.platform_dependent(rows, cpu=functools.partial(jax.lax.map, noise), default=jax.vmap(noise))
+    return jnp.where(temperature > 0, jnp.argmax(logits + added, axis=-1), 0).astype(jnp.int32)
+
+
+def keep_likely(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
+    """Logits `[B, V]` with what top-k, then top-p (Holtzman et al. 2020), then min-p (Nguyen et al. 2024) leave out set to -inf.
+
+    The thresholds are found by bisection on the bits of the numbers, which is exact and spares sorting the vocabulary. Ties at a
+    threshold stay in.
+    """
+    order = _ordered(logits)
+
+    def threshold(enough) -> Array:
+        def bit(index: Array, found: Array) -> Array:
+            candidate = found | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
+            return jnp.where(enough(order >= candidate[:, None]), candidate, found)
+
+        return jax.lax.fori_loop(0, 32, bit, jnp.zeros(logits.shape[0], jnp.uint32))[:, None]
+
+    k = jnp.where(top_k > 0, top_k, logits.shape[1])
+    kept = order >= threshold(lambda above: above.sum(axis=-1) >= k)
+    shares = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
+    nucleus = threshold(lambda above: jnp.where(above, shares, 0.0).sum(axis=-1) >= top_p)
+    kept = kept & ((order >= nucleus) | (top_p >= 1)[:, None])
+    kept = kept & (shares >= min_p[:, None] * shares.max(axis=-1, keepdims=True))
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def _ordered(x: Array) -> Array:
+    """float32 as uint32 of the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(0x80000000))

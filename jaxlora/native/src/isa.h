@@ -21,6 +21,7 @@ namespace {
 #include "adapted.h"
 #include "lora.h"
 #include "logits.h"
+#include "draw.h"
 #include "swiglu.h"
 
 }  // namespace
@@ -43,12 +44,12 @@ namespace {
    JAXLORA_ISA::attend<uint16_t>,    \
    JAXLORA_ISA::causal,              \
    JAXLORA_ISA::causal_gradient,     \
-   JAXLORA_ISA::lora_down<JAXLORA_ISA::WideLora<float>>, \
-   JAXLORA_ISA::lora_down<JAXLORA_ISA::Bf16Lora>,        \
+   JAXLORA_ISA::lora_down<JAXLORA_ISA::WideLora<float>>,  \
+   JAXLORA_ISA::lora_down<JAXLORA_ISA::Bf16Lora>,         \
    JAXLORA_ISA::lora_down<JAXLORA_ISA::WideLora<int8_t>>, \
-   JAXLORA_ISA::lora_up<JAXLORA_ISA::WideLora<float>>,   \
-   JAXLORA_ISA::lora_up<JAXLORA_ISA::Bf16Lora>,          \
-   JAXLORA_ISA::lora_up<JAXLORA_ISA::WideLora<int8_t>>,  \
-   JAXLORA_ISA::summarize, JAXLORA_ISA::rms_norm, JAXLORA_ISA::add_norm, JAXLORA_ISA::swiglu}
+   JAXLORA_ISA::lora_up<JAXLORA_ISA::WideLora<float>>,    \
+   JAXLORA_ISA::lora_up<JAXLORA_ISA::Bf16Lora>,           \
+   JAXLORA_ISA::lora_up<JAXLORA_ISA::WideLora<int8_t>>,   \
+   JAXLORA_ISA::summarize, JAXLORA_ISA::draw, JAXLORA_ISA::rms_norm, JAXLORA_ISA::add_norm, JAXLORA_ISA::swiglu}
 
 }  // namespace jaxlora

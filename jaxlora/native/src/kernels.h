@@ -117,6 +117,21 @@ struct Lora {
   int64_t down_count, up_count, size, m, k, x_stride, n, ranks;
 };
 
+// Rows of logits [m, n] from which tokens [m] are drawn where the temperature is above 0. keys [m, 2] of a generator; top_k 0, top_p 1 and
+// min_p 0 leave nothing out.
+struct Draw {
+  const float *logits, *temperature, *top_p, *min_p;
+  const int32_t *top_k, *positions;
+  const uint32_t* keys;
+  int32_t* tokens;
+  int64_t n;
+};
+
+// Values of memory that a thread needs for that.
+inline int64_t draw_space(int64_t n) {
+  return 3 * ((n + 15) / 16 * 16);
+}
+
 struct Kernels {
   const char* name;
   // Rows of x as bfloat16 weights need them, padded to an even number of values; null where they stay float32.
@@ -149,6 +164,8 @@ struct Kernels {
   void (*lora_up_i8)(const Lora&, int64_t begin, int64_t end);
   // Items are rows of logits [m, n].
   void (*summarize)(const float* logits, int32_t* argmax, float* logsumexp, int64_t n, int64_t begin, int64_t end);
+  // Items are rows.
+  void (*draw)(const Draw&, float* space, int64_t begin, int64_t end);
   // Items are rows of x [m, n].
   void (*rms_norm)(const float* x, const float* scale, float eps, float* y, int64_t n, int64_t begin, int64_t end);
   void (*add_norm)(const float* x, const float* more, const float* scale, float eps, float* total, float* y, int64_t n, int64_t begin,

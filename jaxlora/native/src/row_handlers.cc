@@ -19,6 +19,23 @@ ffi::Error summarize(F32 logits, ffi::ResultBuffer<ffi::S32> argmax, ffi::Result
   return ffi::Error::Success();
 }
 
+ffi::Error draw(F32 logits, F32 temperature, S32 top_k, F32 top_p, F32 min_p, ffi::Buffer<ffi::U32> keys, S32 positions,
+                ffi::ResultBuffer<ffi::S32> tokens) {
+  const auto shape = logits.dimensions();
+  const auto has = [&](size_t count) { return shape.size() == 2 && count == static_cast<size_t>(shape[0]); };
+  if (!has(temperature.element_count()) || !has(top_k.element_count()) || !has(top_p.element_count()) || !has(min_p.element_count()) ||
+      !has(keys.element_count() / 2) || !has(positions.element_count()) || !has(tokens->element_count()) || shape[1] == 0) {
+    return bad("draw takes logits [m, n], settings and positions [m], keys [m, 2]");
+  }
+  const Draw d{logits.typed_data(), temperature.typed_data(), top_p.typed_data(), min_p.typed_data(), top_k.typed_data(),
+               positions.typed_data(), keys.typed_data(), tokens->typed_data(), shape[1]};
+  const auto bytes = static_cast<size_t>(draw_space(d.n)) * sizeof(float);
+  Pool::instance().split(shape[0], [&](int64_t begin, int64_t end) {
+    active->draw(d, static_cast<float*>(scratch.reserve(bytes)), begin, end);
+  });
+  return ffi::Error::Success();
+}
+
 // Rows of a table, widened to float32.
 ffi::Error embed(ffi::AnyBuffer table, S32 tokens, F32Result y) {
   const auto shape = table.dimensions(), rows = y->dimensions();
@@ -100,5 +117,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_add_norm, add_norm,
                               Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>().Ret<F32>().Attr<float>("eps"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_swiglu, swiglu, Ffi::Bind().Arg<F32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_summarize, summarize, Ffi::Bind().Arg<F32>().Ret<ffi::Buffer<ffi::S32>>().Ret<F32>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_draw, draw,
+                              Ffi::Bind()
+                                  .Arg<F32>()                    // logits
+                                  .Arg<F32>()                    // temperature
+                                  .Arg<S32>()                    // top_k
+                                  .Arg<F32>()                    // top_p
+                                  .Arg<F32>()                    // min_p
+                                  .Arg<ffi::Buffer<ffi::U32>>()  // keys
+                                  .Arg<S32>()                    // positions
+                                  .Ret<ffi::Buffer<ffi::S32>>());
 
 }  // namespace jaxlora
