@@ -1,5 +1,6 @@
 """The benchmark's other parts: the talk with a driver, prompts, Zipf draws, the report."""
 
+import argparse
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from bench import processes, report, session
+from bench.__main__ import sampling
 from bench.drivers import System
 from bench.worker import Answer, DriverFailed, Request, Unsupported, Worker
 from bench.workloads import Prompts, Row, rows, zipf
@@ -143,6 +145,15 @@ def test_prompts_have_their_length_as_text_and_as_ids_and_never_come_twice(defau
     assert len({tuple(request.prompt) for request in requests}) == len(requests)
     assert [request.adapter for request in requests[:4]] == ["a", "b", "a", "b"]
     assert prompts.make(64, 1, 2) == prompts.make(64, 1, 2)
+
+
+def test_every_request_of_a_row_is_sampled_as_it_was_asked(default_model):
+    given = sampling("temperature=0.8,top_k=40")
+    assert given == {"temperature": 0.8, "top_k": 40, "top_p": 1.0, "min_p": 0.0}, "nothing is left to a system's own default"
+    prompts = Prompts(Tokenizer.from_folder(default_model), given)
+    assert [request.sampling for request in prompts.requests(Row(8, 4, 3, "base"), [], 0)] == [given] * 3
+    with pytest.raises(argparse.ArgumentTypeError, match="'topk' is none of temperature"):
+        sampling("topk=3")
 
 
 def test_one_stream_does_not_mix_adapters():

@@ -58,7 +58,7 @@ class PeftDriver:
         names = [self._names.get(request.adapter, BASE) for request in requests]
         clock = Clock()
         sent = time.monotonic()
-        [sampling] = [dict(pairs) for pairs in {tuple(request.sampling.items()) for request in requests}]
+        sampling = requests[0].sampling  # a batch has one of everything
         sampling = {"do_sample": True, **sampling} if sampling["temperature"] else {"do_sample": False}
         arguments = {
             "attention_mask": torch.ones_like(prompts), **sampling, "min_new_tokens": answer, "max_new_tokens": answer,
