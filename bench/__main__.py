@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", type=shapes, default=shapes("64/64,512/64,64/1"), help="prompt/answer tokens; `none`: no rows")
     parser.add_argument("--streams", type=lambda text: [int(count) for count in text.split(",")], default=[1, 4, 8, 16], help="requests at a time")
     parser.add_argument("--mixes", type=one_of(MIXES), default=list(MIXES), help=f"of {','.join(MIXES)}")
-    parser.add_argument("--sampling", type=sampling, default=GREEDY, help="of the rows' answers, as temperature=0.8,top_p=0.95 (or top_k, min_p); default: greedy")
+    parser.add_argument("--sampling", type=sampling, default=GREEDY, help="of the answers of rows, in scenarios too, as temperature=0.8,top_p=0.95 (or top_k, min_p); default: greedy")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions of each row")
     parser.add_argument("--scenarios", type=one_of(scenarios.SCENARIOS), default=list(scenarios.SCENARIOS), help=f"of {','.join(scenarios.SCENARIOS)}, or none")
     parser.add_argument("--counts", type=lambda text: [int(count) for count in text.split(",")], default=[1, 8, 64, 512, 2000], help="adapters on disk, for scenario `zipf`")

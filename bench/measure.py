@@ -21,7 +21,7 @@ MIN_TOGETHER = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """The median of some repetitions, with the lowest and the highest."""
+    """The median of some repetitions, with the lowest and the highest. As text all three, each in the format that is asked for."""
 
     median: float
     low: float
@@ -31,6 +31,9 @@ class Spread:
     def of(cls, values: Iterable[float]) -> "Spread":
         values = list(values)
         return cls(statistics.median(values), min(values), max(values))
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
 
 
 @dataclasses.dataclass(frozen=True)

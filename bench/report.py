@@ -122,7 +122,7 @@ def _ratio_section(rows: Sequence[Mapping[str, Any]], names: Sequence[str], labe
         for row in rows:
             found = ratios(row, ours)
             best = min(found.values(), key=lambda spread: spread.median, default=None)
-            cells = [f"{found[peer].median:.2f} ({found[peer].low:.2f} to {found[peer].high:.2f})" if peer in found else "" for peer in peers]
+            cells = [f"{found[peer]:.2f}" if peer in found else "" for peer in peers]
             lines.append([label(row), *cells, f"{best.median:.2f}" if best else ""])
         if any(any(line[1:]) for line in lines):
             title = (
@@ -152,7 +152,7 @@ def _spread(spread: Mapping[str, float]) -> str:
     if math.isnan(spread["median"]):
         return ""
     digits = 0 if spread["median"] >= 100 else 1
-    return f"{spread['median']:.{digits}f} ({spread['low']:.{digits}f} to {spread['high']:.{digits}f})"
+    return f"{measure.Spread(**spread):.{digits}f}"
 
 
 def _agreement(found: Mapping[str, Any]) -> str:

@@ -31,8 +31,7 @@ def measure(context: Context) -> dict[str, Any]:
     for system, by_way in speeds.items():
         for way, values in by_way.items():
             speed, share = arithmetic.Spread.of(values), arithmetic.ratio(values, by_way[BASE_WAY])
-            name = f"{way}, {DRIVERS[system].title}"
-            rows.append([name, f"{speed.median:.0f} ({speed.low:.0f} to {speed.high:.0f})", f"{share.median:.2f} ({share.low:.2f} to {share.high:.2f})"])
+            rows.append([f"{way}, {DRIVERS[system].title}", f"{speed:.0f}", f"{share:.2f}"])
     return {
         "title": f"Adapters in 8 bits: 16 streams, {context.dtype}",
         "columns": ["", "decode, tokens/s", "over the base model"],

@@ -17,8 +17,9 @@ from bench.scenarios.training import RANK, run_sft
 from bench.workloads import PRECISIONS
 from jaxlora import backend, peft, weights
 from jaxlora.config import ModelConfig
+from jaxlora.engine import Program, Sizes
 from jaxlora.kv_cache import KVCache, Rows
-from jaxlora.lora import Bank, BankLayout
+from jaxlora.lora import Bank
 from jaxlora.model import forward, project, rotation
 from jaxlora.text import Tokenizer
 from server.repository import PROJECT
@@ -35,9 +36,10 @@ def measure(context: Context) -> dict[str, Any]:
     native_dir = context.settings.cache_dir / "native"
     whole = {dtype: score(context.model, context.config, dtype, chunks, native_dir) for dtype in PRECISIONS}
     adapter, between = _trained(context, [tokenizer.decode(chunk[:-MARGIN].tolist()) for chunk in chunks[::2]]), chunks[1::2]
-    kinds = [(dtype, PRECISIONS[dtype]["dtype"]) for dtype in PRECISIONS] + [(dtype, "int8") for dtype in PRECISIONS]
     adapted = {
-        f"{dtype}, an adapter in {bank}": score(context.model, context.config, dtype, between, native_dir, adapter, bank) for dtype, bank in kinds
+        f"{dtype}, an adapter{' in 8 bits' if int8 else ''}": score(context.model, context.config, dtype, between, native_dir, adapter, int8)
+        for int8 in (False, True)
+        for dtype in PRECISIONS
     }
     rows, found = [], {}
     for scores in (whole, adapted):
@@ -71,7 +73,7 @@ def score(
     chunks: np.ndarray,
     native_dir: pathlib.Path,
     adapter: peft.LoraAdapter | None = None,
-    bank_dtype: str = "float32",
+    int8_adapter: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """For int32 chunks `[N, T]`: the negative log-likelihood in nats of each token after the first, and the likeliest token in its
     place, both `[N, T - 1]`."""
@@ -79,26 +81,25 @@ def score(
     int8 = dtype == "int8"
     dtype = PRECISIONS[dtype]["dtype"]
     loaded = weights.load(model, config, dtype, packing=chosen.packing, int8=int8)
-    rank = adapter.rank if adapter else 1
-    layout = BankLayout.of(config, rank, bank_dtype)
-    bank, piece = Bank.empty(layout, 1), chosen.piece(layout)
-    vector = layout.pack(adapter.modules if adapter else {}, rank, piece)
-    for first in range(0, len(vector), piece):
-        bank = chosen.place(layout, bank, vector[first : first + piece], *np.int32([0, rank, first]))
-    slot = np.int32([0 if adapter else -1])
-    cache = KVCache.empty(config, 1, CHUNK, CHUNK, dtype)
+    sizes = Sizes(1, CHUNK, CHUNK, lora_slots=1, max_lora_rank=adapter.rank if adapter else 1, int8_adapters=int8_adapter)
+    program = Program(config, loaded, chosen, sizes, dtype)
+    program.allocate()
+    slot = -1
+    if adapter:
+        slot = 0
+        program.put_adapter(slot, program.pack(adapter.modules, adapter.rank), adapter.rank)
 
     @jax.jit
     def scored(loaded: weights.Weights, bank: Bank, cache: KVCache, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         zero = jnp.zeros(1, jnp.int32)
         rows = Rows(zero, zero, jnp.full(1, CHUNK, jnp.int32), zero)
         attend = chosen.attend(config, rotation(config.rope, config.head_dim, jnp.arange(CHUNK)), rows)
-        linears = chosen.linears(config, layout, bank, slot, rows)
+        linears = chosen.linears(config, program.layout, bank, jnp.full(1, slot, jnp.int32), rows)
         caches = list(zip(cache.k, cache.v))
         hidden, _ = forward(config, loaded, tokens[None], attend, linears, chosen, caches)
         logits = project(loaded, linears, hidden)[0, :-1]
         losses = jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, tokens[1:, None], axis=1)[:, 0]
         return losses, jnp.argmax(logits, axis=1)
 
-    found = [jax.device_get(scored(loaded, bank, cache, chunk)) for chunk in chunks]
+    found = [jax.device_get(scored(loaded, program.bank, program.state.cache, chunk)) for chunk in chunks]
     return np.stack([losses for losses, _ in found]), np.stack([best for _, best in found])

@@ -41,10 +41,10 @@ def measure(context: Context) -> dict[str, Any]:
             context.say(f"  {dtype}: " + ", ".join(f"{name} {values[-1]:.0f}" for name, values in speeds.items() if values))
         found[dtype] = speeds
         ours = arithmetic.Spread.of(speeds["ours"])
-        row = [dtype, f"{ours.median:.0f} ({ours.low:.0f} to {ours.high:.0f})", "", ""]
+        row = [dtype, f"{ours:.0f}", "", ""]
         if has_peer:
             theirs, ratio = arithmetic.Spread.of(speeds["peft"]), arithmetic.ratio(speeds["ours"], speeds["peft"])
-            row[2:] = [f"{theirs.median:.0f} ({theirs.low:.0f} to {theirs.high:.0f})", f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"]
+            row[2:] = [f"{theirs:.0f}", f"{ratio:.2f}"]
         rows.append(row)
     return {
         "title": f"Training, tokens/s: rank {RANK}, all linear layers, batch {BATCH} x {LENGTH}, AdamW",

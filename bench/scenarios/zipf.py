@@ -26,7 +26,7 @@ def measure(context: Context) -> dict[str, Any]:
     first = next((point for point in points if point["adapters"] >= 8), points[0])
     rows = [
         [
-            point["adapters"], f"{point['output']['median']:.0f} ({point['output']['low']:.0f} to {point['output']['high']:.0f})",
+            point["adapters"], f"{arithmetic.Spread(**point['output']):.0f}",
             f"{point['output']['median'] / first['output']['median']:.2f}", f"{point['ttft_p95_ms']:.0f}", point["placed"],
             f"{point['memory_bytes'] / 2**20:.0f}",
         ]
