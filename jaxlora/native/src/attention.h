@@ -97,7 +97,7 @@ class QueryTile {
 
   void push(float scale, int64_t d, int64_t low, int64_t high) {
     float* q = vector(d);
-    Vec factor = fill(scale * 1.44269504f);
+    Vec factor = fill(scale * kLog2E);
     for (int64_t c = 0; c < d; c += kWidth) {
       store(q + c, mul(load(q + c), factor));
       store(out_ + count_ * d + c, zero());

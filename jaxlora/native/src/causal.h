@@ -146,7 +146,7 @@ class CausalHead {
   // Fills `shares` with the softmax of the tile's scores; 0 for what a query doesn't see.
   void weigh(int64_t head) {
     product<false>(rows_, a_.q + at(head), q_row_, 1, space_.keys + low_, space_.width, space_.shares + low_, space_.width, a_.d, padded_);
-    const Vec factor = fill(a_.scale * 1.44269504f);
+    const Vec factor = fill(a_.scale * kLog2E);
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t token = first_ + r, low = lowest(token) - low_;
       float* scores = space_.shares + r * space_.width + low_;

@@ -137,7 +137,6 @@ INLINE float weigh(const float* logits, int64_t n, int64_t size, float temperatu
     highest = x[i] > highest ? x[i] : highest;
   }
   const Vec least = fill(k > 0 && k < n ? kth_largest(x, size, k, weights) : kNothing);
-  constexpr float kLog2E = 1.44269504f;
   Vec total = zero();
   for (int64_t i = 0; i < size; i += kWidth) {
     const Vec value = where_negative(sub(load(x + i), least), fill(kNothing), load(x + i));

@@ -10,7 +10,7 @@ INLINE int64_t first_of(const float* x, int64_t n, float value) {
 }
 
 void summarize(const float* logits, int32_t* argmax, float* logsumexp, int64_t n, int64_t begin, int64_t end) {
-  constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+  constexpr float kLn2 = 0.693147181f;
   for (int64_t row = begin; row < end; ++row) {
     const float* x = logits + row * n;
     const int64_t whole = n / kWidth * kWidth;

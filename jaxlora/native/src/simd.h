@@ -219,6 +219,8 @@ INLINE void store_value(uint16_t* p, float value) {
   *p = to_bf16(value);
 }
 
+constexpr float kLog2E = 1.44269504f;
+
 // 2^x for x <= 0 to about one unit in the last place; 2^-inf is 0. Taylor series of 2^f about 0 on [-1/2, 1/2].
 INLINE Vec exp2(Vec x) {
   x = max(fill(-200.0f), x);  // in this order a NaN stays one

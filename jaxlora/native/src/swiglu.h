@@ -1,7 +1,7 @@
 // silu(gate) * up for rows of gate and up side by side, x [m, 2 n] -> y [m, n] (Shazeer 2020).
 
 INLINE Vec silu_times(Vec gate, Vec up) {
-  const Vec one = fill(1.0f), size = max(gate, sub(zero(), gate)), small = exp2(mul(size, fill(-1.44269504f)));
+  const Vec one = fill(1.0f), size = max(gate, sub(zero(), gate)), small = exp2(mul(size, fill(-kLog2E)));
   const Vec sigmoid = div(where_negative(gate, small, one), add(one, small));
   return mul(mul(gate, sigmoid), up);
 }
