@@ -108,6 +108,7 @@ def forward(
     caches: Sequence[Any] = (),
     embedded: Callable[[Array], Array] = lambda x: x,
     remat: bool = False,
+    wanted: Array | None = None,
 ) -> tuple[Array, list[Any]]:
     """Hidden states after the final norm, `[B, T, D]`, for `tokens` int32 `[B, T]`, and the caches as `attend` left them.
 
@@ -118,13 +119,17 @@ def forward(
         caches: what `attend` gets of each layer; without them it gets None.
         embedded: what becomes of the embedded tokens `[B, T, D]` before the first layer.
         remat: a gradient keeps the input of each layer only, and computes the layer again.
+        wanted: int32 `[N]`, which of all B T tokens hidden states are asked of: these are `[N, 1, D]`, and behind its attention the
+            last layer computes no others.
     """
     eps = config.rms_norm_eps
 
     @functools.partial(jax.jit, static_argnames="window")
-    def decoder_layer(layer: Layer, own: Any, cache: Any, x: Array, *, window: int) -> tuple[Array, Any]:
+    def decoder_layer(layer: Layer, own: Any, cache: Any, x: Array, wanted: Array | None, *, window: int) -> tuple[Array, Any]:
         qkv = linears(layer.linears, own, QKV, elements.rms_norm(x, layer.input_norm, eps))
         attended, cache = attend(layer, cache, qkv, window)
+        if wanted is not None:
+            x, attended = (y.reshape(-1, y.shape[-1])[wanted][:, None] for y in (x, attended))
         (attended,) = linears(layer.linears, own, ("o_proj",), attended.astype(x.dtype))
         x, h = elements.add_norm(x, attended, layer.post_norm, eps)
         (down,) = linears(layer.linears, own, ("down_proj",), elements.swiglu(linears(layer.linears, own, GATE_UP, h)))
@@ -134,7 +139,8 @@ def forward(
     after = list(caches) or [None] * len(weights.layers)
     for index, layer in enumerate(weights.layers):
         run = functools.partial(decoder_layer, window=config.windows[index])
-        x, after[index] = (jax.checkpoint(run) if remat else run)(layer, linears.own(index), after[index], x)
+        ends = wanted if index + 1 == len(weights.layers) else None
+        x, after[index] = (jax.checkpoint(run) if remat else run)(layer, linears.own(index), after[index], x, ends)
     return elements.rms_norm(x, weights.final_norm, eps), after
 
 

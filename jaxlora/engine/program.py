@@ -219,11 +219,12 @@ class Program:
     ) -> tuple[State, Sampled]:
         """One token for each row."""
         slots, starts, lengths = batch.slots, batch.starts, batch.lengths
-        hidden, cache, linears = self._forward(weights, rotations, bank, state, batch, every_slot)
-        last = hidden.reshape(-1, hidden.shape[-1])[batch.offsets + jnp.maximum(lengths - 1, 0)]
-        logits = project(weights, linears, last[:, None])[:, 0]
+        reads = batch.tokens.shape[1] > 1
+        last = batch.offsets + jnp.maximum(lengths - 1, 0) if reads else None
+        hidden, cache, linears = self._forward(weights, rotations, bank, state, batch, every_slot, last)
+        logits = project(weights, linears, hidden)[:, 0]
         history = state.history
-        if batch.tokens.shape[1] > 1:
+        if reads:
             history = sampling.record_prompt(history, batch.reads.sum(), slots, batch.tokens.reshape(-1), starts, lengths, batch.offsets)
         sampled = sampling.sample(logits, batch.sampler, starts + lengths, history, slots, self.backend)
         return State(cache, sampling.record_answer(history, slots, sampled.tokens, batch.emit != 0)), sampled
@@ -241,14 +242,22 @@ class Program:
         return State(cache, state.history), sampling.pack(Sampled(best, None, None, None, ok))
 
     def _forward(
-        self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, batch: Fields, every_slot: bool = False
+        self,
+        weights: Weights,
+        rotations: tuple[Array, Array],
+        bank: Bank,
+        state: State,
+        batch: Fields,
+        every_slot: bool = False,
+        wanted: Array | None = None,
     ) -> tuple[Array, KVCache, Linears]:
-        """Hidden states `[B, T, D]`, the cache with the new keys and values, and the linear layers that computed them."""
+        """Hidden states, of all tokens or those `wanted` (see `model.forward`), the cache with the new keys and values, and the linear layers
+        that computed them."""
         rows = Rows(batch.slots, batch.starts, batch.lengths, batch.offsets, every_slot)
         linears = self.backend.linears(self.config, self.layout, bank, batch.adapters, rows)
         attend = self.backend.attend(self.config, rotations, rows)
         caches = list(zip(state.cache.k, state.cache.v))
-        hidden, caches = forward(self.config, weights, batch.tokens, attend, linears, self.backend, caches)
+        hidden, caches = forward(self.config, weights, batch.tokens, attend, linears, self.backend, caches, wanted=wanted)
         return hidden, KVCache(*zip(*caches)), linears
 
 

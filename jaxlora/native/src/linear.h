@@ -81,14 +81,19 @@ INLINE void store_columns(float* y, const Vec (&values)[2], int columns) {
 }
 
 // R rows of a panel, two vectors of columns at a time. k and stride count values of X. Meanwhile the weights that come next are
-// fetched into the second-level cache, `next_step` bytes a step, so that memory never waits for arithmetic.
+// fetched into the second-level cache, `next_step` bytes a step, so that memory never waits for arithmetic, and the places of the
+// results into the first: a product of many rows and columns is larger than a cache.
 template <typename Step, int R>
 void tile(const typename Step::X* x, const typename Step::W* w, const Update& update, float* y, int64_t k, int64_t y_stride,
           int columns, const char* next, int64_t next_step) {
   for (int column = 0; column < columns; column += 2 * kWidth) {
     Vec acc[R][2];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = zero();
+    for (int r = 0; r < R; ++r) {
+      acc[r][0] = acc[r][1] = zero();
+      __builtin_prefetch(y + r * y_stride + column, 1);
+      __builtin_prefetch(y + r * y_stride + column + kWidth, 1);
+    }
     const typename Step::W* weights = w + column;
     int64_t i = 0;
     for (; i + Step::kDepth <= k; i += Step::kDepth, weights += kPanel, next += next_step) {
