@@ -20,7 +20,7 @@ from jaxlora.config import ModelConfig
 from jaxlora.int8 import Int8
 from jaxlora.kv_cache import Rows
 from jaxlora.lora import Bank, BankLayout, RowAdapters
-from jaxlora.model import GATE_UP, QKV, Attend, Elements, Linears, PlainElements, PlainLinears, heads
+from jaxlora.model import GATE_UP, QKV, Attend, Elements, Gated, Input, Linears, Normed, PlainElements, PlainLinears, heads
 from jaxlora.weights import Layer, Packing, PlainPacking
 
 
@@ -132,15 +132,15 @@ class PackedDense:
     packed: native.Packed
     bias: Array | None
 
-    def __call__(self, x: Array) -> Array:
-        """float32 `[..., in] -> [..., out]`."""
-        y = native.Kernels.linear(x, self.packed)
+    def __call__(self, x: Array, **around: Any) -> Array:
+        """float32 `[..., in] -> [..., out]`, with what `native.Kernels.linear` does before and after it."""
+        y = native.Kernels.linear(x, self.packed, **around)
         return y if self.bias is None else y + self.bias
 
 
 @dataclasses.dataclass(frozen=True)
 class NativeLinears:
-    """Implements `jaxlora.model.Linears`: one product for a group, then the adapters of all its modules; results side by side."""
+    """Implements `jaxlora.model.Linears`: one call for a group, with the adapters of all its modules; results side by side."""
 
     layout: BankLayout
     bank: Bank
@@ -150,20 +150,25 @@ class NativeLinears:
     def own(self, layer: int | None) -> np.int32:
         return self.layout.start(layer)
 
-    def __call__(self, dense: Mapping[str, PackedDense], own: Array, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:
-        group = dense["+".join(names)]
-        tokens = x.reshape(-1, x.shape[-1])
+    def __call__(
+        self, dense: Mapping[str, PackedDense], own: Array, names: tuple[str, ...], x: Input, onto: Array | None = None
+    ) -> tuple[Array, ...]:
+        around: dict[str, Any] = {"onto": onto}
+        match x:
+            case Normed(x, scale, eps):
+                around["norm"] = scale, eps
+            case Gated((x,)):
+                around["gated"] = True
         spans = [self.layout.by_name.get(name) for name in names]
-        y = group(tokens)
         if None not in spans:  # the bank need not have adapters of the output layer
             ends = np.cumsum([span.out_features for span in spans]).tolist()
             modules = tuple(
                 native.LoraModule(span.a_offset, span.b_offset, end - span.out_features, span.out_features) for span, end in zip(spans, ends)
             )
             one_each = x.shape[:2] == (len(self.row_slots), 1)
-            slots = self.row_slots if one_each else self.rows.of_tokens(self.row_slots, len(tokens))
-            y = native.Kernels.lora(y, tokens, self.bank.data, own, slots, self.bank.ranks, modules=modules, max_rank=self.layout.max_rank)
-        return (y.reshape(*x.shape[:-1], -1),)
+            slots = self.row_slots if one_each else self.rows.of_tokens(self.row_slots, x.shape[0] * x.shape[1])
+            around["adapters"] = native.LoraRows(self.bank.data, own, slots, self.bank.ranks, modules, self.layout.max_rank)
+        return (dense["+".join(names)](x, **around),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,12 +245,6 @@ class NativeBackend:
 
     def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
         return native.Kernels.rms_norm(x, scale, eps)
-
-    def add_norm(self, x: Array, more: Array, scale: Array, eps: float) -> tuple[Array, Array]:
-        return native.Kernels.add_norm(x, more, scale, eps)
-
-    def swiglu(self, gate_up: tuple[Array]) -> Array:
-        return native.Kernels.swiglu(*gate_up)
 
     def argmax_logsumexp(self, logits: Array) -> tuple[Array, Array]:
         return native.Kernels.argmax_logsumexp(logits)

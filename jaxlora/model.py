@@ -5,7 +5,7 @@ Pure functions on `Weights`. Letters in shapes: B sequences, T tokens of each, D
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,30 @@ QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
 
 
+class Normed(NamedTuple):
+    """The `rms_norm` of x as what linear layers read, who compute it as they like."""
+
+    x: Array
+    scale: Array
+    eps: float
+
+    def values(self) -> Array:
+        return rms_norm(*self)
+
+
+class Gated(NamedTuple):
+    """silu(gate) * up `[..., n]` (Shazeer 2020) as what a linear layer reads, of what the linear layers GATE_UP gave."""
+
+    gate_up: tuple[Array, ...]
+
+    def values(self) -> Array:
+        gate, up = self.gate_up
+        return jax.nn.silu(gate) * up
+
+
+Input = Array | Normed | Gated
+
+
 class Linears(Protocol):
     """How the linear layers of a step are computed, adapters included."""
 
@@ -31,25 +55,21 @@ class Linears(Protocol):
         """What `__call__` has to know of one layer, None being the output layer: a pytree. Layers whose parts have the same structure,
         shapes and static values are traced once."""
 
-    def __call__(self, dense: Mapping[str, Any], own: Any, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:
+    def __call__(
+        self, dense: Mapping[str, Any], own: Any, names: tuple[str, ...], x: Input, onto: Array | None = None
+    ) -> tuple[Array, ...]:
         """`[..., out]` for each of the linear layers, which share x `[..., in]`, or one array that holds them side by side; `dense` are
-        the weights, as `Layer.linears` has them."""
+        the weights, as `Layer.linears` has them. The result of a single layer is added to `onto`, where there is one."""
 
 
 class Elements(Protocol):
-    """What a step computes before, between and after its linear layers, from their results as they come."""
+    """What a step computes before and after its linear layers."""
 
     def embed(self, table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
         """Rows `[..., D]` of table `[V, D]` for tokens int32 `[...]`, in the type of the activations."""
 
     def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
         """As `rms_norm`."""
-
-    def add_norm(self, x: Array, more: Array, scale: Array, eps: float) -> tuple[Array, Array]:
-        """x + more, and its `rms_norm`."""
-
-    def swiglu(self, gate_up: tuple[Array, ...]) -> Array:
-        """silu(gate) * up `[..., n]` (Shazeer 2020), of what the linear layers GATE_UP gave."""
 
 
 class PlainElements:
@@ -60,14 +80,6 @@ class PlainElements:
 
     def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
         return rms_norm(x, scale, eps)
-
-    def add_norm(self, x: Array, more: Array, scale: Array, eps: float) -> tuple[Array, Array]:
-        total = x + more
-        return total, rms_norm(total, scale, eps)
-
-    def swiglu(self, gate_up: tuple[Array, ...]) -> Array:
-        gate, up = gate_up
-        return jax.nn.silu(gate) * up
 
 
 class Adapters(Protocol):
@@ -84,8 +96,23 @@ class LayerAdapters(Protocol):
         """y `[..., out]` with the update of the linear layer of that name for x `[..., in]` added; y, where it has none."""
 
 
-class PlainLinears:
-    """Implements `Linears`: one product for each layer, then its adapters; None is the base model."""
+class SeparateLinears:
+    """Implements the call of `Linears` for those that compute one layer after the other, in plain JAX."""
+
+    def one(self, dense: Any, own: Any, name: str, x: Array) -> Array:
+        """`[..., out]` of one linear layer for x `[..., in]`."""
+        raise NotImplementedError
+
+    def __call__(
+        self, dense: Mapping[str, Any], own: Any, names: tuple[str, ...], x: Input, onto: Array | None = None
+    ) -> tuple[Array, ...]:
+        x = x.values() if isinstance(x, (Normed, Gated)) else x
+        found = tuple(self.one(dense[name], own, name, x) for name in names)
+        return found if onto is None else tuple(onto + y for y in found)
+
+
+class PlainLinears(SeparateLinears):
+    """Implements `Linears`: a product, then the adapters; None is the base model."""
 
     def __init__(self, config: ModelConfig, adapters: Adapters | None):
         self._config, self._adapters = config, adapters
@@ -93,9 +120,8 @@ class PlainLinears:
     def own(self, layer: int | None) -> LayerAdapters | None:
         return self._adapters and self._adapters.of_layer(self._config, layer)
 
-    def __call__(self, dense: Mapping[str, Any], own: LayerAdapters | None, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:
-        products = ((name, dense[name](x)) for name in names)
-        return tuple(own(name, x, y) if own else y for name, y in products)
+    def one(self, dense: Any, own: LayerAdapters | None, name: str, x: Array) -> Array:
+        return own(name, x, dense(x)) if own else dense(x)
 
 
 def forward(
@@ -126,14 +152,14 @@ def forward(
 
     @functools.partial(jax.jit, static_argnames="window")
     def decoder_layer(layer: Layer, own: Any, cache: Any, x: Array, wanted: Array | None, *, window: int) -> tuple[Array, Any]:
-        qkv = linears(layer.linears, own, QKV, elements.rms_norm(x, layer.input_norm, eps))
+        qkv = linears(layer.linears, own, QKV, Normed(x, layer.input_norm, eps))
         attended, cache = attend(layer, cache, qkv, window)
         if wanted is not None:
             x, attended = (y.reshape(-1, y.shape[-1])[wanted][:, None] for y in (x, attended))
-        (attended,) = linears(layer.linears, own, ("o_proj",), attended.astype(x.dtype))
-        x, h = elements.add_norm(x, attended, layer.post_norm, eps)
-        (down,) = linears(layer.linears, own, ("down_proj",), elements.swiglu(linears(layer.linears, own, GATE_UP, h)))
-        return x + down, cache
+        (x,) = linears(layer.linears, own, ("o_proj",), attended.astype(x.dtype), onto=x)
+        gate_up = linears(layer.linears, own, GATE_UP, Normed(x, layer.post_norm, eps))
+        (x,) = linears(layer.linears, own, ("down_proj",), Gated(gate_up), onto=x)
+        return x, cache
 
     x = embedded(elements.embed(weights.embed, tokens, weights.final_norm.dtype))
     after = list(caches) or [None] * len(weights.layers)

@@ -16,7 +16,7 @@ from jax import Array
 
 from jaxlora.config import OUTPUT_LAYER, ModelConfig
 from jaxlora.lora import Adapter
-from jaxlora.model import PlainLinears, hidden_states, project
+from jaxlora.model import PlainLinears, SeparateLinears, hidden_states, project
 from jaxlora.weights import Weights
 from training.machine import Machine, XlaMachine
 
@@ -85,7 +85,7 @@ class LearningPart:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptedLinears:
+class AdaptedLinears(SeparateLinears):
     """Implements `jaxlora.model.Linears` for the adapter of a policy, with its noise."""
 
     policy: Policy
@@ -97,10 +97,7 @@ class AdaptedLinears:
         numbers = {name: np.uint32(zlib.crc32(config.module_path(layer, name).encode())) for name in config.names(layer)}
         return LearningPart(self.adapter.of_layer(config, layer), numbers)
 
-    def __call__(self, dense: Mapping[str, Any], own: LearningPart, names: tuple[str, ...], x: Array) -> tuple[Array, ...]:
-        return tuple(self._linear(dense[name], own, name, x) for name in names)
-
-    def _linear(self, dense: Any, own: LearningPart, name: str, x: Array) -> Array:
+    def one(self, dense: Any, own: LearningPart, name: str, x: Array) -> Array:
         key, dropout = self.policy.key, self.policy.noise.dropout
         if name not in own.adapter.a:
             return dense(x)

@@ -14,27 +14,24 @@ Knows nothing of models, adapters as files, or the engine.
 """
 
 from jaxlora.native.gradients import adapted_linear, causal_attention, frozen_linear
-from jaxlora.native.kernels import Kernels, LoraModule, Packed, pack_linear
+from jaxlora.native.kernels import Kernels
 from jaxlora.native.loading import load
-from jaxlora.native.twins import (
-    twin_add_norm, twin_argmax_logsumexp, twin_attention, twin_draw, twin_linear, twin_lora, twin_rms_norm, twin_swiglu,
-)  # fmt: skip
+from jaxlora.native.operands import LoraModule, LoraRows, Packed, pack_linear
+from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_draw, twin_linear, twin_rms_norm
 
 __all__ = [
     "Kernels",
     "LoraModule",
+    "LoraRows",
     "Packed",
     "adapted_linear",
     "causal_attention",
     "frozen_linear",
     "load",
     "pack_linear",
-    "twin_add_norm",
     "twin_argmax_logsumexp",
     "twin_attention",
     "twin_draw",
     "twin_linear",
-    "twin_lora",
     "twin_rms_norm",
-    "twin_swiglu",
 ]

@@ -131,20 +131,22 @@ def layer_modules() -> tuple[dict[str, tuple[native.LoraModule, ...]], int]:
 
 
 def bench_lora(kernels: native.Kernels, repeat: int) -> None:
+    """The linear layers of a model without adapters and with them."""
     modules, layer_size = layer_modules()
     size = LAYERS * layer_size
     rank = jnp.full(ADAPTERS, RANK, jnp.int32)
     for dtype in ("float32", "bfloat16"):
         bank = jnp.array(np.broadcast_to(normal(1, size), (ADAPTERS, size)), dtype)
+        model = {name: weights(kernels, shape, dtype) for name, shape in SHAPES.items()}
 
-        @jax.jit
-        def step(x, wide, slots):
+        @functools.partial(jax.jit, static_argnames="adapted")
+        def step(model, bank, x, wide, slots, adapted):
             out = []
-            for start in range(0, size, layer_size):
+            for index in range(LAYERS):
                 for name, parts in modules.items():
-                    k, n = SHAPES[name]
-                    y, inputs = jnp.broadcast_to(x[:, :1], (x.shape[0], n)), wide if k == MLP else x
-                    out.append(kernels.lora(y, inputs, bank, jnp.int32(start), slots, rank, modules=parts, max_rank=MAX_RANK)[0, 0])
+                    adapters = native.LoraRows(bank, jnp.int32(index * layer_size), slots, rank, parts, MAX_RANK)
+                    inputs = wide if name == "down" else x
+                    out.append(kernels.linear(inputs, model[name][index], adapters=adapters if adapted else None)[0, 0])
             return out
 
         for name, slots in {
@@ -154,11 +156,12 @@ def bench_lora(kernels: native.Kernels, repeat: int) -> None:
             "128 rows, 1 adapter": [3] * 128,
         }.items():
             rows = jnp.array(list(slots), jnp.int32)
-            timing = measure({name: functools.partial(step, normal(len(rows), HIDDEN), normal(len(rows), MLP), rows)}, repeat)[
-                name
-            ]
-            moved = len(set(slots)) * size * (4 if dtype == "float32" else 2)
-            print(f"lora {name:22} {dtype:9} {timing}  {moved / timing.median / 1e9:6.1f} GB/s")
+            call = functools.partial(step, model, bank, normal(len(rows), HIDDEN), normal(len(rows), MLP), rows)
+            timings = measure({kind: functools.partial(call, kind == "adapted") for kind in ("base", "adapted")}, repeat)
+            for kind, timing in timings.items():
+                print(f"lora {name:22} {dtype:9} {kind:8} {timing}")
+            moved, took = len(set(slots)) * size * bank.dtype.itemsize, timings["adapted"].median - timings["base"].median
+            print(f"lora {name:22} {dtype:9} {'adapters':8} {took * 1e3:8.2f} ms  {moved / took / 1e9:6.1f} GB/s")
 
 
 def bench_step(kernels: native.Kernels, repeat: int, length: int = 96) -> None:
@@ -177,20 +180,19 @@ def bench_step(kernels: native.Kernels, repeat: int, length: int = 96) -> None:
         def step(model, head, bank, tokens, caches, starts, slots, adapted):
             rows = tokens.shape[0]
 
-            def linear(index, name, x):
-                y = kernels.linear(x, model[name][index])
-                start = jnp.int32(index * layer_size)
-                return kernels.lora(y, x, bank, start, slots, rank, modules=modules[name], max_rank=MAX_RANK) if adapted else y
+            def linear(index, name, x, **around):
+                adapters = native.LoraRows(bank, jnp.int32(index * layer_size), slots, rank, modules[name], MAX_RANK)
+                return kernels.linear(x, model[name][index], adapters=adapters if adapted else None, **around)
 
             live, places, out = jnp.ones(rows, jnp.int32), jnp.arange(rows, dtype=jnp.int32), []
             x = embed[tokens]
             for index in range(LAYERS):
-                qkv = linear(index, "qkv", kernels.rms_norm(x, norm, 1e-5))[:, None]
+                qkv = linear(index, "qkv", x, norm=(norm, 1e-5))[:, None]
                 y, *pair = kernels.attention(qkv, turned, None, *caches[index], starts, live, places, places, scale=HEAD**-0.5)
                 out.append(tuple(pair))
-                x, h = kernels.add_norm(x, linear(index, "o", y.reshape(rows, HIDDEN)), norm, 1e-5)
-                x = x + linear(index, "down", kernels.swiglu(linear(index, "gate_up", h)))
-            return kernels.argmax_logsumexp(kernels.linear(kernels.rms_norm(x, norm, 1e-5), head))[0], out
+                x = linear(index, "o", y.reshape(rows, HIDDEN), onto=x)
+                x = linear(index, "down", linear(index, "gate_up", x, norm=(norm, 1e-5)), gated=True, onto=x)
+            return kernels.argmax_logsumexp(kernels.linear(x, head, norm=(norm, 1e-5)))[0], out
 
         for rows in (1, 4, 16):
             state = {

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.native.kernels import PANEL, Kernels, Packed
+from jaxlora.native.kernels import Kernels
+from jaxlora.native.operands import PANEL, Packed
 
 Array = jax.Array
 
@@ -38,7 +39,7 @@ def adapted_linear(x: Array, w: Packed, transposed: Packed, a: Array, b: Array, 
         a: float32 [r, k].
         b: float32 [n, r].
     """
-    if w.kind == "f16" or w.k % 16 or w.n % 16:
+    if w.data.dtype == jnp.float16 or w.k % 16 or w.n % 16:
         y = frozen_linear(x, w, transposed)
         down = jnp.einsum("mk,rk->mr", x.reshape(-1, w.k), a, precision="highest")
         return y + scale * jnp.einsum("mr,nr->mn", down, b, precision="highest").reshape(y.shape)
@@ -54,14 +55,14 @@ def _adapted(x: Array, w: Packed, transposed: Packed, a: Array, b: Array) -> Arr
 
 def _adapted_forward(x: Array, w: Packed, transposed: Packed, a: Array, b: Array) -> tuple[Array, tuple]:
     results = [jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32) for width in (w.n, a.shape[0])]
-    y, h = jax.ffi.ffi_call(f"jaxlora_adapted_{w.kind}", results)(x, w.data, a.T, _panels(b))
+    y, h = jax.ffi.ffi_call("jaxlora_adapted", results)(x, w.data, a.T, _panels(b))
     return y, (x, h, transposed, a, b)
 
 
 def _adapted_backward(kept: tuple, slope: Array) -> tuple[Array | None, ...]:
     x, h, transposed, a, b = kept
     results = [jax.ShapeDtypeStruct(like.shape, jnp.float32) for like in (x, a, b)]
-    dx, da, db = jax.ffi.ffi_call(f"jaxlora_adapted_gradient_{transposed.kind}", results)(x, h, transposed.data, _panels(a), b.T, slope)
+    dx, da, db = jax.ffi.ffi_call("jaxlora_adapted_gradient", results)(x, h, transposed.data, _panels(a), b.T, slope)
     return dx, None, None, da, db
 
 

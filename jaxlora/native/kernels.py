@@ -1,99 +1,18 @@
 """The compiled kernels as JAX functions. See the package's docstring for the contract."""
 
 import dataclasses
-import functools
 import pathlib
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from jaxlora.int8 import Int8
-from jaxlora.int8_size import GROUP
+from jaxlora.native.operands import LoraModule, LoraRows, Packed, pack_linear
 from jaxlora.native.twins import twin_attention
 
 Array = jax.Array
-PANEL = 32  # columns of a panel; kPanel in src/kernels.h
-
-
-# What the weights of a `Packed` are, by the type that holds them.
-KINDS = {"float32": "f32", "float16": "f16", "uint32": "bf16", "uint8": "i8"}
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["k", "n"])
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """Weights [k, n] as `linear` reads them: float32 or float16 [panels, k, 32], pairs of bfloat16 as uint32 [panels, pairs of k, 32], or
-    bytes of scales and int8 as uint8 [panels, groups of k, 32 * 2 + 32 * GROUP]."""
-
-    data: Array
-    k: int
-    n: int
-
-    @property
-    def kind(self) -> str:
-        return KINDS[str(self.data.dtype)]
-
-
-class LoraModule(NamedTuple):
-    """One module of a `lora` call. Offsets count values from `start` in a slot's part of the bank."""
-
-    a: int  # offset of A [max_rank, k], of which the first rows up to the slot's rank are read
-    b: int  # offset of B [max_rank, width], with the adapter's scale folded in; in a bank of int8 float32 [max_rank] for both follow, as bytes
-    column: int  # first column of y
-    width: int  # columns of y
-
-
-def pack_linear(w: np.ndarray | Array | Int8, halves: bool = False) -> Packed:
-    """Packs float32, bfloat16 or int8 weights [k, n], once. Needs their size in host memory besides.
-
-    Arguments:
-        halves: bfloat16 weights become float16, unless some are so large that sums might leave its range.
-
-    Raises:
-        TypeError: another type or number of dimensions.
-    """
-    if isinstance(w, Int8):
-        return _pack_int8(w)
-    w = np.asarray(w)
-    if w.ndim != 2 or w.dtype not in (np.float32, ml_dtypes.bfloat16):
-        raise TypeError(f"weights are float32 or bfloat16 [k, n], not {w.dtype} {list(w.shape)}")
-    k, n = w.shape
-    panels = -(-n // PANEL)
-    if w.dtype == np.float32:
-        data = np.zeros((k, panels * PANEL), np.float32)
-    elif halves and _fits_halves(w):
-        data = np.zeros((k, panels * PANEL), np.float16)
-    else:
-        pairs = np.zeros((-(-k // 2) * 2, panels * PANEL), np.uint16)
-        pairs[:k, :n] = w.view(np.uint16)
-        pairs = pairs.reshape(-1, 2, panels, PANEL).transpose(2, 0, 3, 1)
-        return Packed(jnp.asarray(np.ascontiguousarray(pairs).view(np.uint32)[..., 0]), k, n)
-    data[:, :n] = w
-    return Packed(jnp.asarray(np.ascontiguousarray(data.reshape(k, panels, PANEL).transpose(1, 0, 2))), k, n)
-
-
-def _pack_int8(w: Int8) -> Packed:
-    k, n = w.shape
-    groups, panels = -(-k // GROUP), -(-n // PANEL)
-    # Without a sign, for an instruction that wants one factor so.
-    values = np.full((groups * GROUP, panels * PANEL), 128, np.uint8)
-    values[:k, :n] = np.asarray(w.values).view(np.uint8) + np.uint8(128)
-    scales = np.zeros((groups, panels * PANEL), np.uint16)
-    scales[:, :n] = np.asarray(w.scales).view(np.uint16)
-    data = np.empty((panels, groups, PANEL * (2 + GROUP)), np.uint8)
-    data[..., : PANEL * 2] = np.ascontiguousarray(scales.reshape(groups, panels, PANEL).transpose(1, 0, 2)).view(np.uint8)
-    quads = values.reshape(groups, GROUP // 4, 4, panels, PANEL).transpose(3, 0, 1, 4, 2)
-    data[..., PANEL * 2 :] = quads.reshape(panels, groups, PANEL * GROUP)
-    return Packed(jnp.asarray(data), k, n)
-
-
-def _fits_halves(w: np.ndarray) -> bool:
-    # A sum has 32 products with values of x below 2. The bits of bfloat16 without the sign are in the order of the sizes, NaN last.
-    limit = int(np.asarray(1000, ml_dtypes.bfloat16).view(np.uint16))
-    return not w.size or int((w.view(np.uint16) & 0x7FFF).max()) < limit
+_NOTHING, _NO_NUMBERS = np.zeros(0, np.float32), np.zeros(0, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +28,35 @@ class Kernels:
         return pack_linear(w, halves=self.isa == "avx512fp16")
 
     @staticmethod
-    def linear(x: Array, w: Packed) -> Array:
+    def linear(
+        x: Array,
+        w: Packed,
+        *,
+        norm: tuple[Array, float] | None = None,
+        gated: bool = False,
+        onto: Array | None = None,
+        adapters: LoraRows | None = None,
+    ) -> Array:
         """float32 [..., n] = x [..., k] @ w, in float32; where the weights are bfloat16, `avx512bf16` rounds x to it, and `avx512fp16`
-        adds up in float16, 32 products at a time; where they are int8, x is rounded to that, with a scale for each GROUP of a row."""
-        rows = x.reshape(-1, w.k).astype(jnp.float32)
+        adds up in float16, 32 products at a time; where they are int8, x is rounded to that, with a scale for each GROUP of a row.
+
+        Arguments:
+            norm: float32 scale [k] and epsilon: the `rms_norm` of x is multiplied.
+            gated: silu(gate) * up is multiplied, of gate and up side by side in x [..., 2 k] (Shazeer 2020).
+            onto: float32 [..., n], what the product is added to. The sum takes its place if donated.
+            adapters: the low-rank updates of the rows. Where the bank is bfloat16, `avx512bf16` rounds what is multiplied, and what lies
+                between A and B, to it.
+        """
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         result = jax.ShapeDtypeStruct((rows.shape[0], w.n), jnp.float32)
-        return jax.ffi.ffi_call(f"jaxlora_linear_{w.kind}", result)(rows, w.data).reshape(*x.shape[:-1], w.n)
+        scale, eps = norm or (_NOTHING, 0)
+        bank, start, row_slot, rank, modules, max_rank = adapters or (_NOTHING, *(_NO_NUMBERS,) * 3, (), 0)
+        places = np.ascontiguousarray(np.array(modules, np.int64).reshape(-1, len(LoraModule._fields)).T)
+        call = jax.ffi.ffi_call("jaxlora_linear", result, input_output_aliases={} if onto is None else {3: 0})
+        added = _NOTHING if onto is None else onto.reshape(result.shape)
+        options = dict(zip(("a_offsets", "b_offsets", "columns", "widths"), places), ranks=np.int64(max_rank))
+        y = call(rows, w.data, scale, added, bank, start, row_slot, rank, eps=np.float32(eps), gated=gated, **options)
+        return y.reshape(*x.shape[:-1], w.n)
 
     @staticmethod
     def attention(
@@ -166,36 +108,6 @@ class Kernels:
         return out, k_cache, v_cache
 
     @staticmethod
-    def lora(
-        y: Array, x: Array, bank: Array, start: Array, row_slot: Array, rank: Array, *, modules: tuple[LoraModule, ...], max_rank: int
-    ) -> Array:
-        """y [m, n] with each row's low-rank update (x A^T) B added, for all modules that read the same x. In place if donated. Where the
-        bank is bfloat16, `avx512bf16` rounds x and x A^T to it.
-
-        Arguments:
-            y: float32 [m, n].
-            x: float32 [m, k].
-            bank: float32, bfloat16 or int8 [slots, size].
-            start: int32 scalar, where the part of a slot begins from which the modules count.
-            row_slot: int32 [m], each row's slot of the bank, or -1 for none.
-            rank: int32 [slots], true ranks, at most `max_rank`.
-            modules: where their A and B lie, and which columns of y are theirs.
-            max_rank: rows of every A and B in the bank.
-        """
-        columns = [np.array(column, np.int64) for column in zip(*modules)]
-        call = jax.ffi.ffi_call("jaxlora_lora", jax.ShapeDtypeStruct(y.shape, y.dtype), input_output_aliases={0: 0})
-        return call(
-            y,
-            x,
-            bank,
-            start,
-            row_slot,
-            rank,
-            ranks=np.int64(max_rank),
-            **dict(zip(("a_offsets", "b_offsets", "columns", "widths"), columns)),
-        )
-
-    @staticmethod
     def place(bank: Array, piece: Array, slot: Array, rank: Array, first: Array, *, offsets: tuple[int, ...], max_rank: int) -> Array:
         """The bank with a piece of an adapter in one slot. In place if donated.
 
@@ -222,22 +134,6 @@ class Kernels:
         rows = x.reshape(-1, x.shape[-1])
         call = jax.ffi.ffi_call("jaxlora_rms_norm", jax.ShapeDtypeStruct(rows.shape, jnp.float32))
         return call(rows, scale, eps=np.float32(eps)).reshape(x.shape)
-
-    @staticmethod
-    def add_norm(x: Array, more: Array, scale: Array, eps: float) -> tuple[Array, Array]:
-        """float32 [..., n] twice: x + more, and the `rms_norm` of that. The sum takes the place of x if donated."""
-        rows = [a.reshape(-1, x.shape[-1]) for a in (x, more)]
-        results = [jax.ShapeDtypeStruct(rows[0].shape, jnp.float32)] * 2
-        call = jax.ffi.ffi_call("jaxlora_add_norm", results, input_output_aliases={0: 0})
-        total, y = call(*rows, scale, eps=np.float32(eps))
-        return total.reshape(x.shape), y.reshape(x.shape)
-
-    @staticmethod
-    def swiglu(x: Array) -> Array:
-        """float32 [..., n]: silu(gate) * up, of gate and up side by side in float32 x [..., 2 n] (Shazeer 2020)."""
-        rows = x.reshape(-1, x.shape[-1])
-        call = jax.ffi.ffi_call("jaxlora_swiglu", jax.ShapeDtypeStruct((rows.shape[0], rows.shape[1] // 2), jnp.float32))
-        return call(rows).reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def argmax_logsumexp(logits: Array) -> tuple[Array, Array]:

@@ -11,8 +11,7 @@ from jaxlora.native import build, selfcheck
 from jaxlora.native.kernels import Kernels
 
 _TARGETS = (
-    "linear_f32", "linear_bf16", "linear_f16", "linear_i8", "attention", "causal", "causal_gradient", "adapted_f32", "adapted_bf16",
-    "adapted_gradient_f32", "adapted_gradient_bf16", "lora", "place", "summarize", "draw", "embed", "rms_norm", "add_norm", "swiglu",
+    "linear", "attention", "causal", "causal_gradient", "adapted", "adapted_gradient", "place", "summarize", "draw", "embed", "rms_norm",
 )  # fmt: skip
 _lock = threading.Lock()
 _loaded: list[tuple[pathlib.Path, ctypes.CDLL]] = []  # at most one: the targets of jax.ffi belong to the process

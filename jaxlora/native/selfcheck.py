@@ -13,10 +13,9 @@ from jax import Array
 from jaxlora.int8 import quantize
 from jaxlora.int8_size import GROUP
 from jaxlora.native.gradients import adapted_linear, causal_attention
-from jaxlora.native.kernels import Kernels, LoraModule, pack_linear
-from jaxlora.native.twins import (
-    twin_add_norm, twin_argmax_logsumexp, twin_attention, twin_draw, twin_linear, twin_lora, twin_rms_norm, twin_swiglu,
-)  # fmt: skip
+from jaxlora.native.kernels import Kernels
+from jaxlora.native.operands import LoraModule, LoraRows, pack_linear
+from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_draw, twin_linear, twin_rms_norm
 
 
 def wrong_results(kernels: Kernels) -> list[str]:
@@ -65,17 +64,10 @@ def _attention(dtype: str, kernels: Kernels) -> bool:
 
 
 def _lora(dtype: str, kernels: Kernels) -> bool:
-    options = dict(modules=(LoraModule(0, 16 * 70, 3, 90),), max_rank=16)
-    y, x = jnp.asarray(_normal(7, 100)), _normal(7, 70)
-    arguments = (
-        y,
-        x,
-        _bank(dtype),
-        jnp.int32(40),
-        jnp.int32([1, 0, 1, -1, 1, 1, 1]),
-        jnp.int32([16, 5]),
-    )
-    got, want = kernels.lora(*arguments, **options), twin_lora(*arguments, **options)
+    y, x, nothing = jnp.asarray(_normal(7, 100)), _normal(7, 70), np.zeros((70, 100), np.float32)
+    where = jnp.int32(40), jnp.int32([1, 0, 1, -1, 1, 1, 1]), jnp.int32([16, 5])
+    adapters = LoraRows(_bank(dtype), *where, (LoraModule(0, 16 * 70, 3, 90),), 16)
+    got, want = kernels.linear(x, pack_linear(nothing), onto=y, adapters=adapters), twin_linear(x, nothing, onto=y, adapters=adapters)
     return _near(got - y, want - y, 2e-2) if (dtype, kernels.isa) == ("bfloat16", "avx512bf16") else _close(got, want)
 
 
@@ -132,11 +124,11 @@ def _draw(kernels: Kernels) -> bool:
     return bool(jnp.array_equal(kernels.draw(*arguments), twin_draw(*arguments)))
 
 
-def _norm(kernels: Kernels) -> bool:
-    x, more, scale = _normal(3, 70), _normal(3, 70) + 1, _normal(70)
-    alone = kernels.rms_norm(x, scale, 1e-5), twin_rms_norm(x, scale, 1e-5)
-    added = kernels.add_norm(x, more, scale, 1e-5), twin_add_norm(x, more, scale, 1e-5)
-    return _close(*alone) and _close(*added)
+def _around(kernels: Kernels) -> bool:
+    x, w, onto, norm = _normal(17, 140) * 4, _normal(70, 33), _normal(17, 33), (_normal(70), 1e-5)
+    inputs = (x[:, :70], dict(norm=norm)), (x, dict(gated=True))
+    done = [(kernels.linear(x, pack_linear(w), onto=onto, **before), twin_linear(x, w, onto=onto, **before)) for x, before in inputs]
+    return all(_close(*pair) for pair in done) and _close(kernels.rms_norm(x[:, :70], *norm), twin_rms_norm(x[:, :70], *norm))
 
 
 def _rows(kernels: Kernels) -> bool:
@@ -145,16 +137,11 @@ def _rows(kernels: Kernels) -> bool:
     return all(_close(kernels.embed(table, tokens), table[tokens]) for table in tables)
 
 
-def _gate(kernels: Kernels) -> bool:
-    x = _normal(3, 140) * 4
-    return _close(kernels.swiglu(x), twin_swiglu(x))
-
-
 _CHECKS = {
     f"{name} in {dtype}": functools.partial(check, dtype)
     for name, check in (("linear", _linear), ("attention", _attention), ("lora", _lora))
     for dtype in ("float32", "bfloat16")
 } | {
     "linear in int8": _int8, "lora in int8": functools.partial(_lora, "int8"), "causal_attention": _causal, "adapted_linear": _adapted,
-    "argmax_logsumexp": _summary, "draw": _draw, "embed": _rows, "norms": _norm, "swiglu": _gate,
+    "argmax_logsumexp": _summary, "draw": _draw, "embed": _rows, "norm, gate and sum around linear": _around,
 }  # fmt: skip

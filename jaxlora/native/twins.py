@@ -9,15 +9,28 @@ import jax.numpy as jnp
 
 from jaxlora.int8 import Int8
 from jaxlora.int8_size import SCALE_BYTES
+from jaxlora.native.operands import LoraRows
 
 Array = jax.Array
 
 
-def twin_linear(x: Array, w: Array | Int8) -> Array:
-    """float32 [..., n] = x [..., k] @ w [k, n], as `Kernels.linear` on packed weights; x is never rounded."""
+def twin_linear(
+    x: Array,
+    w: Array | Int8,
+    *,
+    norm: tuple[Array, float] | None = None,
+    gated: bool = False,
+    onto: Array | None = None,
+    adapters: LoraRows | None = None,
+) -> Array:
+    """As `Kernels.linear`, of weights [k, n] that are not packed; x is never rounded."""
     if isinstance(w, Int8):
         w = w.widen(jnp.float32)
-    return jnp.matmul(x.astype(jnp.float32), w.astype(jnp.float32), precision="highest")
+    x = x.astype(jnp.float32)
+    x = twin_rms_norm(x, *norm) if norm else twin_swiglu(x) if gated else x
+    y = jnp.matmul(x, w.astype(jnp.float32), precision="highest")
+    y = y if onto is None else onto + y
+    return _with_updates(y, x, adapters) if adapters else y
 
 
 def twin_attention(
@@ -71,10 +84,8 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def twin_lora(
-    y: Array, x: Array, bank: Array, start: Array, row_slot: Array, rank: Array, *, modules: tuple, max_rank: int
-) -> Array:
-    """As `Kernels.lora`."""
+def _with_updates(y: Array, x: Array, adapters: LoraRows) -> Array:
+    bank, start, row_slot, rank, modules, max_rank = adapters
     slots, k = bank.shape[0], x.shape[1]
     used = jnp.arange(max_rank) < rank[:, None]  # [slot, r]
     own = row_slot[:, None] == jnp.arange(slots)  # [m, slot]
@@ -100,13 +111,8 @@ def twin_rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return scale * (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps))
 
 
-def twin_add_norm(x: Array, more: Array, scale: Array, eps: float) -> tuple[Array, Array]:
-    """As `Kernels.add_norm`."""
-    return x + more, twin_rms_norm(x + more, scale, eps)
-
-
 def twin_swiglu(x: Array) -> Array:
-    """As `Kernels.swiglu`."""
+    """silu(gate) * up of gate and up side by side (Shazeer 2020)."""
     gate, up = jnp.split(x, 2, axis=-1)
     return jax.nn.silu(gate) * up
 

@@ -31,9 +31,9 @@ def test_a_library_that_computes_something_wrong_is_not_used(
 ) -> None:
     for path in kernels.path.parent.glob(f"{kernels.path.stem}.*.checked"):  # whichever folder this process has its library from
         path.unlink()
-    monkeypatch.setattr(native.Kernels, "linear", staticmethod(lambda x, w: jnp.zeros((len(x), w.n))))
+    monkeypatch.setattr(native.Kernels, "linear", staticmethod(lambda x, w, **around: jnp.zeros((len(x), w.n))))
     assert native.load(build_dir, kernels.isa) == f"the compiled library for {kernels.isa} gives wrong results: " + (
-        "linear in float32, linear in bfloat16, linear in int8"
+        "linear in float32, linear in bfloat16, lora in float32, lora in bfloat16, linear in int8, lora in int8, norm, gate and sum around linear"
     )
     monkeypatch.undo()
     assert native.load(build_dir, kernels.isa) == kernels

@@ -11,7 +11,22 @@ from jaxlora import native
 
 from .arrays import normal, same_bits
 
-twin_lora = jax.jit(native.twin_lora, static_argnames=("modules", "max_rank"))  # compiled once for all instruction sets
+Modules = tuple[native.LoraModule, ...]
+
+
+def lora(
+    kernels: native.Kernels, y: jax.Array, x: jax.Array, bank: jax.Array, slots: jax.Array, modules: Modules, rank: jax.Array | None = None
+) -> jax.Array:
+    """y with the updates alone."""
+    adapters = native.LoraRows(bank, START, slots, RANKS if rank is None else rank, modules, MAX_RANK)
+    return kernels.linear(x, native.pack_linear(np.zeros((x.shape[1], y.shape[1]), np.float32)), onto=y, adapters=adapters)
+
+
+@functools.partial(jax.jit, static_argnames="modules")  # compiled once for all instruction sets
+def twin_lora(y: jax.Array, x: jax.Array, bank: jax.Array, slots: jax.Array, modules: Modules) -> jax.Array:
+    adapters = native.LoraRows(bank, START, slots, RANKS, modules, MAX_RANK)
+    return native.twin_linear(x, np.zeros((x.shape[1], y.shape[1]), np.float32), onto=y, adapters=adapters)
+
 
 DTYPES = ("float32", "bfloat16", "int8")
 SLOTS, MAX_RANK = 5, 16
@@ -19,7 +34,7 @@ START = jnp.int32(7)  # what lies before it in a slot is not the adapter's
 RANKS = jnp.int32([8, 0, 16, 3, 13])
 
 
-def bank_for(k: int, widths: list[int], dtype: str, int8_step: float = 1 / 40) -> tuple[jax.Array, tuple[native.LoraModule, ...]]:
+def bank_for(k: int, widths: list[int], dtype: str, int8_step: float = 1 / 40) -> tuple[jax.Array, Modules]:
     """A bank whose unused ranks hold NaN, and modules side by side in y with a gap before the first."""
     modules, column, offset = [], 2, 0
     parts = [np.full((SLOTS, int(START)), 99, np.int8) if dtype == "int8" else np.full((SLOTS, int(START)), np.nan)]
@@ -53,12 +68,11 @@ def round_values(bank: jax.Array) -> jax.Array:
 def test_lora_equals_its_twin(kernels: native.Kernels, dtype: str, k: int, widths: list[int], rows: list[int]) -> None:
     bank, modules = bank_for(k, widths, dtype)
     y, x = normal(0, len(rows), sum(widths) + 3), normal(1, len(rows), k)
-    options = dict(modules=modules, max_rank=MAX_RANK)
     rounded = (dtype, kernels.isa) == ("bfloat16", "avx512bf16")  # x, and what lies between A and B
     if rounded:
         x = x.astype(jnp.bfloat16).astype(np.float32)
-    got = jax.jit(functools.partial(kernels.lora, **options))(y, x, bank, START, jnp.int32(rows), RANKS)
-    want = twin_lora(y, x, bank, START, jnp.int32(rows), RANKS, **options)
+    got = jax.jit(functools.partial(lora, kernels, modules=modules))(y, x, bank, jnp.int32(rows))
+    want = twin_lora(y, x, bank, jnp.int32(rows), modules)
     assert np.isfinite(want).all()
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=(5e-2 if rounded else 1e-4) * k**0.5)
 
@@ -68,10 +82,10 @@ def test_sums_of_whole_numbers_are_exact(kernels: native.Kernels, dtype: str) ->
     # Rounding to bfloat16 leaves whole numbers up to 256 as they are, so nothing may be off wherever values are rounded on their way.
     bank, modules = bank_for(576, [300, 33], dtype, int8_step=1)
     y, x, slots = np.round(normal(0, 7, 336)), np.round(normal(1, 7, 576)), jnp.int32([2, -1, 2, 0, 4, 3, 2])
-    arguments, options = (y, x, round_values(bank), START, slots, RANKS), dict(modules=modules, max_rank=MAX_RANK)
-    want = twin_lora(*arguments, **options)
+    arguments = y, x, round_values(bank), slots
+    want = twin_lora(*arguments, modules)
     assert np.abs(want).max() > 100
-    np.testing.assert_array_equal(jax.jit(functools.partial(kernels.lora, **options))(*arguments), want)
+    np.testing.assert_array_equal(jax.jit(functools.partial(lora, kernels, modules=modules))(*arguments), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,19 +93,11 @@ def test_a_row_of_lora_is_bitwise_the_same_beside_any_others(kernels: native.Ker
     bank, modules = bank_for(100, [70, 33], dtype)
     y, x = normal(0, 64, 106), normal(1, 64, 100)
     slots = np.random.default_rng(5).integers(-1, SLOTS, 64).astype(np.int32)
-    step = jax.jit(functools.partial(kernels.lora, modules=modules, max_rank=MAX_RANK))
-    alone = np.concatenate([step(y[i : i + 1], x[i : i + 1], bank, START, slots[i : i + 1], RANKS) for i in range(64)])
+    step = jax.jit(functools.partial(lora, kernels, modules=modules))
+    alone = np.concatenate([step(y[i : i + 1], x[i : i + 1], bank, slots[i : i + 1]) for i in range(64)])
     for order in (np.arange(64), np.argsort(slots), np.random.default_rng(6).permutation(64)[:23]):
-        assert same_bits(step(y[order], x[order], bank, START, slots[order], RANKS), alone[order])
+        assert same_bits(step(y[order], x[order], bank, slots[order]), alone[order])
     assert same_bits(alone[slots < 0], y[slots < 0])
-
-
-def test_y_is_updated_where_it_lies(kernels: native.Kernels) -> None:
-    bank, modules = bank_for(16, [16], "float32")
-    y = jnp.array(normal(0, 2, 32), copy=True)
-    where = y.unsafe_buffer_pointer()
-    step = jax.jit(functools.partial(kernels.lora, modules=modules, max_rank=MAX_RANK), donate_argnums=0)
-    assert step(y, normal(1, 2, 16), bank, START, jnp.int32([0, 2]), RANKS).unsafe_buffer_pointer() == where
 
 
 def test_slots_and_modules_outside_of_the_bank_are_refused(kernels: native.Kernels) -> None:
@@ -104,4 +110,4 @@ def test_slots_and_modules_outside_of_the_bank_are_refused(kernels: native.Kerne
         (0, modules[0], RANKS + 16, "rank above"),
     ]:
         with pytest.raises(Exception, match=message):
-            jax.block_until_ready(kernels.lora(y, x, bank, START, jnp.int32([slot]), ranks, modules=(module,), max_rank=MAX_RANK))
+            jax.block_until_ready(lora(kernels, y, x, bank, jnp.int32([slot]), (module,), ranks))

@@ -1,4 +1,4 @@
-"""What is computed of each row on its own: the root-mean-square norm, alone and of a sum, SwiGLU, and the rows of a table."""
+"""What is computed of each row on its own: the root-mean-square norm, and the rows of a table."""
 
 import jax
 import jax.numpy as jnp
@@ -14,33 +14,6 @@ from .arrays import normal, same_bits
 def test_it_equals_its_twin(kernels: native.Kernels, m: int, n: int) -> None:
     x, scale = normal(0, m, n) * 20, normal(1, n)
     np.testing.assert_allclose(kernels.rms_norm(x, scale, 1e-5), native.twin_rms_norm(x, scale, 1e-5), rtol=2e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("m, n", [(1, 1), (3, 7), (70, 100)])
-def test_the_norm_of_a_sum_is_that_and_the_sum(kernels: native.Kernels, m: int, n: int) -> None:
-    x, more, scale = normal(0, m, n), normal(1, m, n) * 20, normal(2, n)
-    total, normed = kernels.add_norm(x, more, scale, 1e-5)
-    assert same_bits(total, x + more)
-    assert same_bits(normed, kernels.rms_norm(total, scale, 1e-5))
-
-
-@pytest.mark.parametrize("m, n", [(1, 1), (3, 7), (2, 16), (130, 100)])
-def test_swiglu_equals_its_twin(kernels: native.Kernels, m: int, n: int) -> None:
-    x = normal(0, m, 2 * n) * 20
-    np.testing.assert_allclose(kernels.swiglu(x), native.twin_swiglu(x), rtol=1e-5, atol=1e-30)
-
-
-def test_swiglu_of_a_value_does_not_depend_on_its_place(kernels: native.Kernels) -> None:
-    gate, up = normal(5, 40), normal(6, 40)
-    whole = kernels.swiglu(np.concatenate([gate, up])[None])
-    for n in (1, 5, 16, 33):
-        rows = np.broadcast_to(np.concatenate([gate[:n], up[:n]]), (9, 2 * n))
-        assert all(same_bits(row, whole[0, :n]) for row in kernels.swiglu(rows))
-
-
-def test_swiglu_keeps_what_is_not_finite(kernels: native.Kernels) -> None:
-    got = kernels.swiglu(np.float32([[np.nan, 1, np.inf, 200, -200, 1, np.nan, 1, 1, 1]]))[0]
-    assert np.isnan(got[:2]).all() and got[2:].tolist() == [np.inf, 200, 0]
 
 
 def test_a_row_does_not_depend_on_the_others_nor_on_its_place(kernels: native.Kernels) -> None:

@@ -55,9 +55,8 @@ void half_rows(const LinearF16& a, int64_t row, int64_t count, int64_t panel, co
       const Vec scale = fill(a.scales[row + r]);
       for (int64_t p = 0; p < P; ++p) {
         const int64_t column = (panel + p) * kPanel, columns = a.n - column < kPanel ? a.n - column : kPanel;
-        store(sums[r][p], mul(load(sums[r][p]), scale));
-        store(sums[r][p] + kWidth, mul(load(sums[r][p] + kWidth), scale));
-        __builtin_memcpy(a.y + (row + r) * a.n + column, sums[r][p], static_cast<size_t>(columns) * sizeof(float));
+        const Vec scaled[2] = {mul(load(sums[r][p]), scale), mul(load(sums[r][p] + kWidth), scale)};
+        store_columns(a.y + (row + r) * a.n + column, scaled, static_cast<int>(columns), a.onto);
       }
     }
   } else if constexpr (R > 1) {

@@ -44,34 +44,4 @@ inline thread_local Scratch scratch;
 
 constexpr int64_t kSerial = 1 << 14;  // values below which waking a worker costs more than it saves
 
-// What happens to each row of x before a product.
-template <typename Body>
-void prepare_rows(int64_t m, int64_t k, const Body& body) {
-  if (m * k < kSerial) {
-    body(0, m);
-  } else {
-    Pool::instance().split(m, body, 16);
-  }
-}
-
-// Values from a row of x to the next one, as products with weights in bfloat16 (or not) take them.
-inline int64_t row_stride(bool bf16, int64_t k) {
-  return bf16 && active->round_rows ? (k + 1) / 2 * 2 : k;
-}
-
-// Bytes that `rows_for` needs.
-inline size_t rows_space(bool bf16, int64_t m, int64_t k) {
-  return bf16 && active->round_rows ? static_cast<size_t>(m * row_stride(bf16, k)) * sizeof(uint16_t) : 0;
-}
-
-// Rows of x as those products take them: rounded, in `space`, or as they are.
-inline const void* rows_for(bool bf16, const float* x, int64_t m, int64_t k, void* space) {
-  if (!bf16 || !active->round_rows) return x;
-  auto* rounded = static_cast<uint16_t*>(space);
-  prepare_rows(m, k, [&](int64_t begin, int64_t end) {
-    active->round_rows(x, rounded, k, begin, end);
-  });
-  return rounded;
-}
-
 }  // namespace jaxlora

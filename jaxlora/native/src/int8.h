@@ -150,7 +150,7 @@ void int8_tile(const LinearI8& a, const Tile& t) {
     }
     float* y = a.y + t.row * a.n + t.panel * kPanel + column;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) store_columns(y + r * a.n, acc[r], static_cast<int>(columns) - column);
+    for (int r = 0; r < R; ++r) store_columns(y + r * a.n, acc[r], static_cast<int>(columns) - column, a.onto);
   }
 }
 

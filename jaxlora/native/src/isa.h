@@ -50,6 +50,6 @@ namespace {
    JAXLORA_ISA::lora_up<JAXLORA_ISA::WideLora<float>>,    \
    JAXLORA_ISA::lora_up<JAXLORA_ISA::Bf16Lora>,           \
    JAXLORA_ISA::lora_up<JAXLORA_ISA::WideLora<int8_t>>,   \
-   JAXLORA_ISA::summarize, JAXLORA_ISA::draw, JAXLORA_ISA::rms_norm, JAXLORA_ISA::add_norm, JAXLORA_ISA::swiglu}
+   JAXLORA_ISA::summarize, JAXLORA_ISA::draw, JAXLORA_ISA::rms_norm, JAXLORA_ISA::swiglu}
 
 }  // namespace jaxlora

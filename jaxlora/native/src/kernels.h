@@ -16,7 +16,7 @@ inline int64_t panels(int64_t n) {
 // y[m, n] = x[m, k] @ w, all float32 but for the weights.
 //   float32 weights  [panels(n)][k][32]
 //   bfloat16 weights [panels(n)][pairs of k][32][2], k padded to even with a zero
-// and with h [m, ranks] @ b [panels(n)][ranks][32] added, where there are ranks.
+// and with h [m, ranks] @ b [panels(n)][ranks][32] added, where there are ranks. With `onto` all that goes onto what y holds.
 struct Update {
   const float *h, *b;
   int64_t ranks;
@@ -27,6 +27,7 @@ struct Linear {
   const void* w;
   float* y;
   int64_t m, k, n;
+  bool onto;
   Update update;
 };
 
@@ -37,6 +38,7 @@ struct LinearF16 {
   const uint16_t* w;
   float* y;
   int64_t m, k, n;
+  bool onto;
 };
 
 // The same with weights of 8 bits: for each panel and group of k, 32 bfloat16 scales, then [quads of k][32][4] weights, each 128 more
@@ -48,6 +50,7 @@ struct LinearI8 {
   const uint8_t* w;
   float* y;
   int64_t m, groups, n;
+  bool onto;
 };
 
 constexpr int64_t kGroup = 32;  // values of k that share a scale
@@ -168,8 +171,6 @@ struct Kernels {
   void (*draw)(const Draw&, float* space, int64_t begin, int64_t end);
   // Items are rows of x [m, n].
   void (*rms_norm)(const float* x, const float* scale, float eps, float* y, int64_t n, int64_t begin, int64_t end);
-  void (*add_norm)(const float* x, const float* more, const float* scale, float eps, float* total, float* y, int64_t n, int64_t begin,
-                   int64_t end);
   // Items are rows of y [m, n], from x [m, 2 n].
   void (*swiglu)(const float* x, float* y, int64_t n, int64_t begin, int64_t end);
 };

@@ -67,15 +67,16 @@ struct PairsBf16 {
 
 #endif
 
-// The first `columns` of two vectors, or all.
-INLINE void store_columns(float* y, const Vec (&values)[2], int columns) {
+// The first `columns` of two vectors, or all, go to y, or onto what it holds.
+INLINE void store_columns(float* y, const Vec (&values)[2], int columns, bool onto) {
   if (columns >= 2 * kWidth) {
-    store(y, values[0]);
-    store(y + kWidth, values[1]);
+    store(y, onto ? add(load(y), values[0]) : values[0]);
+    store(y + kWidth, onto ? add(load(y + kWidth), values[1]) : values[1]);
   } else {
     alignas(64) float lanes[2 * kWidth];
     store(lanes, values[0]);
     store(lanes + kWidth, values[1]);
+    for (int i = 0; onto && i < columns; ++i) lanes[i] += y[i];
     __builtin_memcpy(y, lanes, static_cast<size_t>(columns) * sizeof(float));
   }
 }
@@ -85,7 +86,7 @@ INLINE void store_columns(float* y, const Vec (&values)[2], int columns) {
 // results into the first: a product of many rows and columns is larger than a cache.
 template <typename Step, int R>
 void tile(const typename Step::X* x, const typename Step::W* w, const Update& update, float* y, int64_t k, int64_t y_stride,
-          int columns, const char* next, int64_t next_step) {
+          int columns, bool onto, const char* next, int64_t next_step) {
   for (int column = 0; column < columns; column += 2 * kWidth) {
     Vec acc[R][2];
 #pragma GCC unroll 16
@@ -107,7 +108,7 @@ void tile(const typename Step::X* x, const typename Step::W* w, const Update& up
       multiply_add(update.h + j, update.ranks, load(b), load(b + kWidth), acc);
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) store_columns(y + r * y_stride + column, acc[r], columns - column);
+    for (int r = 0; r < R; ++r) store_columns(y + r * y_stride + column, acc[r], columns - column, onto);
   }
 }
 
@@ -159,7 +160,7 @@ INLINE void linear(const Linear& a, int64_t k, int64_t begin, int64_t end) {
     const Update update{a.update.h + t.row * a.update.ranks, a.update.b + t.panel * a.update.ranks * kPanel, a.update.ranks};
     with_rows<Step::kRows>(t.rows, [&](auto rows) {
       tile<Step, decltype(rows)::value>(x + t.row * k, w + t.panel * values, update, a.y + t.row * a.n + t.panel * kPanel, k, a.n,
-                                        columns_of(a.n, t.panel), t.next, t.next_step);
+                                        columns_of(a.n, t.panel), a.onto, t.next, t.next_step);
     });
   });
 }

@@ -14,12 +14,3 @@ INLINE void normalize(const float* x, const float* scale, float eps, float* y, i
 void rms_norm(const float* x, const float* scale, float eps, float* y, int64_t n, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) normalize(x + row * n, scale, eps, y + row * n, n);
 }
-
-// Of x + more, which goes to `total`.
-void add_norm(const float* x, const float* more, const float* scale, float eps, float* total, float* y, int64_t n, int64_t begin,
-              int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    for (int64_t i = row * n; i < (row + 1) * n; ++i) total[i] = x[i] + more[i];
-    normalize(total + row * n, scale, eps, y + row * n, n);
-  }
-}

@@ -61,50 +61,12 @@ ffi::Error embed(ffi::AnyBuffer table, S32 tokens, F32Result y) {
   return ffi::Error::Success();
 }
 
-// Rows from which it pays to wake the other threads: less takes microseconds.
-constexpr int64_t kSharedNorms = 64, kSharedGates = 8;
-
-template <typename Body>
-void each_row(int64_t m, int64_t shared, const Body& body) {
-  if (m < shared) {
-    body(0, m);
-  } else {
-    Pool::instance().split(m, body);
-  }
-}
-
 ffi::Error rms_norm(F32 x, F32 scale, F32Result y, float eps) {
   const auto shape = x.dimensions();
   if (shape.size() != 2 || scale.element_count() != static_cast<size_t>(shape[1]) || y->element_count() != x.element_count()) {
     return bad("rms_norm takes x [m, n] and scale [n]");
   }
-  each_row(shape[0], kSharedNorms, [&](int64_t begin, int64_t end) {
-    active->rms_norm(x.typed_data(), scale.typed_data(), eps, y->typed_data(), shape[1], begin, end);
-  });
-  return ffi::Error::Success();
-}
-
-ffi::Error add_norm(F32 x, F32 more, F32 scale, F32Result total, F32Result y, float eps) {
-  const auto shape = x.dimensions();
-  if (shape.size() != 2 || more.element_count() != x.element_count() || scale.element_count() != static_cast<size_t>(shape[1]) ||
-      total->element_count() != x.element_count() || y->element_count() != x.element_count()) {
-    return bad("add_norm takes x and more [m, n] and scale [n]");
-  }
-  each_row(shape[0], kSharedNorms, [&](int64_t begin, int64_t end) {
-    active->add_norm(x.typed_data(), more.typed_data(), scale.typed_data(), eps, total->typed_data(), y->typed_data(), shape[1], begin,
-                     end);
-  });
-  return ffi::Error::Success();
-}
-
-ffi::Error swiglu(F32 x, F32Result y) {
-  const auto shape = x.dimensions(), halved = y->dimensions();
-  if (shape.size() != 2 || halved.size() != 2 || halved[0] != shape[0] || halved[1] * 2 != shape[1]) {
-    return bad("swiglu takes x [m, 2 n]");
-  }
-  each_row(shape[0], kSharedGates, [&](int64_t begin, int64_t end) {
-    active->swiglu(x.typed_data(), y->typed_data(), halved[1], begin, end);
-  });
+  active->rms_norm(x.typed_data(), scale.typed_data(), eps, y->typed_data(), shape[1], 0, shape[0]);
   return ffi::Error::Success();
 }
 
@@ -113,9 +75,6 @@ ffi::Error swiglu(F32 x, F32Result y) {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_embed, embed, Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<S32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jaxlora_rms_norm, rms_norm, Ffi::Bind().Arg<F32>().Arg<F32>().Ret<F32>().Attr<float>("eps"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_add_norm, add_norm,
-                              Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>().Ret<F32>().Attr<float>("eps"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_swiglu, swiglu, Ffi::Bind().Arg<F32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_summarize, summarize, Ffi::Bind().Arg<F32>().Ret<ffi::Buffer<ffi::S32>>().Ret<F32>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_draw, draw,

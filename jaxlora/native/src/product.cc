@@ -1,0 +1,68 @@
+#include "product.h"
+
+#include "order.h"
+
+namespace jaxlora {
+namespace {
+
+// Shares the panels of w, of `bytes` each, among the threads.
+template <typename Body>
+void share(const void* w, int64_t bytes, int64_t m, int64_t n, const Body& body, int64_t grain = 1) {
+  Order::instance().reading(w, static_cast<size_t>(panels(n) * bytes));
+  Pool::instance().split((m + kRowBlock - 1) / kRowBlock * panels(n), body, grain);
+}
+
+bool is_packed(const ffi::AnyBuffer& w, int64_t n, int64_t steps, int64_t of_step) {
+  const auto ws = w.dimensions();
+  return ws.size() == 3 && ws[0] == panels(n) && ws[1] == steps && ws[2] == of_step;
+}
+
+}  // namespace
+
+Forms form_for(const ffi::AnyBuffer& w) {
+  Forms forms;
+  switch (w.element_type()) {
+    case ffi::U32: forms.rounded = true; break;
+    case ffi::F16: forms.halves = active->halve_rows != nullptr; break;
+    case ffi::U8: forms.quantized = true; break;
+    default: forms.plain = true;
+  }
+  return forms;
+}
+
+ffi::Error multiply(const Rows& rows, const ffi::AnyBuffer& w, float* y, int64_t m, int64_t k, int64_t n, bool onto,
+                    const Update& update) {
+  const auto other_shape = [] { return bad("the weights were packed for another shape"); };
+  const int64_t groups = (k + kGroup - 1) / kGroup;
+  switch (w.element_type()) {
+    case ffi::F32: {
+      if (!is_packed(w, n, k, kPanel)) return other_shape();
+      const Linear a{rows.plain, w.untyped_data(), y, m, k, n, onto, update};
+      share(a.w, kPanel * k * 4, m, n, [&](int64_t begin, int64_t end) { active->linear_f32(a, begin, end); });
+      break;
+    }
+    case ffi::U32: {
+      if (!is_packed(w, n, (k + 1) / 2, kPanel)) return other_shape();
+      const Linear a{rows.of_bf16(), w.untyped_data(), y, m, k, n, onto, update};
+      share(a.w, kPanel * k * 2, m, n, [&](int64_t begin, int64_t end) { active->linear_bf16(a, begin, end); });
+      break;
+    }
+    case ffi::F16: {
+      if (!active->linear_f16) return bad(std::string("weights packed as float16 can't be read by ") + active->name);
+      if (!is_packed(w, n, k, kPanel)) return other_shape();
+      const LinearF16 a{rows.halves, rows.scales, static_cast<const uint16_t*>(w.untyped_data()), y, m, k, n, onto};
+      share(a.w, kPanel * k * 2, m, n, [&](int64_t begin, int64_t end) { active->linear_f16(a, begin, end); }, 2);
+      break;
+    }
+    case ffi::U8: {
+      if (!is_packed(w, n, groups, kGroupBytes)) return other_shape();
+      const LinearI8 a{rows.quantized, rows.scales, rows.offsets, static_cast<const uint8_t*>(w.untyped_data()), y, m, groups, n, onto};
+      share(a.w, groups * kGroupBytes, m, n, [&](int64_t begin, int64_t end) { active->linear_i8(a, begin, end); });
+      break;
+    }
+    default: return bad("weights are packed as float32, float16, pairs of bfloat16 or bytes");
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace jaxlora
