@@ -11,6 +11,7 @@ import pytest
 
 from jaxlora import native
 from jaxlora.int8 import quantize
+from jaxlora.native.twins import twin_swiglu
 
 from .arrays import normal, same_bits
 
@@ -24,11 +25,6 @@ def packed(kernels: native.Kernels, dtype: str, k: int, n: int) -> native.Packed
 
 def swiglu(kernels: native.Kernels, x: np.ndarray) -> jax.Array:
     return kernels.linear(x, native.pack_linear(np.eye(x.shape[1] // 2, dtype=np.float32)), gated=True)
-
-
-def twin_swiglu(x: np.ndarray) -> jax.Array:
-    gate, up = jnp.split(x, 2, axis=1)
-    return jax.nn.silu(gate) * up
 
 
 @pytest.mark.parametrize("dtype", WEIGHTS)

@@ -1,6 +1,8 @@
 // The adapters of the rows of a product.
 #pragma once
 
+#include <vector>
+
 #include "rows.h"
 
 namespace jaxlora {
@@ -14,14 +16,34 @@ struct Adapters {
   S32 start, row_slot, rank;
   Numbers a_offsets, b_offsets, columns, widths;
   int64_t ranks;
-
-  // Whether any row has one.
-  bool any() const;
-  // The form in which the bank's products take rows.
-  bool rounded() const { return bank.element_type() == ffi::BF16; }
 };
 
-// y [m, n] += (x A^T) B for the rows of each adapter.
-ffi::Error add_adapters(const Adapters& adapters, const Rows& rows, float* y, int64_t m, int64_t k, int64_t n);
+// y [m, n] += (x A^T) B for the rows of each adapter, x [m, k]: the parts of that work.
+class AdapterWork {
+ public:
+  // An error where something lies outside of the bank or of y.
+  ffi::Error read(const Adapters& adapters, int64_t m, int64_t k, int64_t n);
+
+  // Whether no row has an adapter.
+  bool empty() const { return groups_.empty(); }
+
+  // Adds the form in which x is read.
+  void want(Forms* forms) const { (type_ == ffi::BF16 ? forms->rounded : forms->plain) = true; }
+
+  // What it reads of the bank, about in that order for each thread.
+  Later later();
+
+  void run(const Rows& rows, float* y);
+
+ private:
+  std::vector<LoraModule> modules_;
+  std::vector<LoraGroup> groups_;
+  std::vector<LoraItem> down_, up_;
+  std::vector<int64_t> places_, rows_;
+  std::vector<const char*> a_, b_, blocks_;
+  ffi::DataType type_;
+  const char* bank_;
+  int64_t size_, ranks_, m_, k_, n_;
+};
 
 }  // namespace jaxlora

@@ -119,10 +119,11 @@ INLINE void add_quads(const int8_t* x, int64_t stride, const uint8_t* w, Ints (&
 }
 
 // R rows of a panel. Meanwhile what comes next is fetched, as in `tile`.
-template <int R>
+template <int R, bool kLater>
 void int8_tile(const LinearI8& a, const Tile& t) {
   const int64_t first = t.row * a.groups, columns = columns_of(a.n, t.panel);
   const char* next = t.next;
+  LaterLines later(t.later, next);
   for (int column = 0; column < columns; column += 2 * kWidth) {
     const uint8_t* w = a.w + t.panel * a.groups * kGroupBytes;
     Vec acc[R][2];
@@ -137,6 +138,7 @@ void int8_tile(const LinearI8& a, const Tile& t) {
       for (int i = 0; i < kQuads; ++i, weights += kPanel * 4, x += 4, next += t.next_step) {
         _mm_prefetch(next, _MM_HINT_T1);
         _mm_prefetch(next + 64, _MM_HINT_T1);
+        if constexpr (kLater) later.fetch(next);
         add_quads<R>(x, a.groups * kGroup, weights, sums);
       }
       const auto* scales = reinterpret_cast<const uint16_t*>(w) + column;
@@ -155,8 +157,11 @@ void int8_tile(const LinearI8& a, const Tile& t) {
 }
 
 void linear_i8(const LinearI8& a, int64_t begin, int64_t end) {
-  each_tile<kInt8Rows>(a.m, a.n, a.w, a.groups * kGroupBytes, a.groups * kQuads, begin, end, [&](const Tile& t) {
-    with_rows<kInt8Rows>(t.rows, [&](auto rows) { int8_tile<decltype(rows)::value>(a, t); });
+  each_tile<kInt8Rows>(a.m, a.n, a.w, a.groups * kGroupBytes, a.groups * kQuads, a.later, begin, end, [&](const Tile& t) {
+    with_rows<kInt8Rows>(t.rows, [&](auto rows) {
+      constexpr int R = decltype(rows)::value;
+      a.later.count ? int8_tile<R, true>(a, t) : int8_tile<R, false>(a, t);
+    });
   });
 }
 

@@ -17,6 +17,15 @@ inline int64_t panels(int64_t n) {
 //   float32 weights  [panels(n)][k][32]
 //   bfloat16 weights [panels(n)][pairs of k][32][2], k padded to even with a zero
 // and with h [m, ranks] @ b [panels(n)][ranks][32] added, where there are ranks. With `onto` all that goes onto what y holds.
+// Memory that is read after a product: the beginnings of blocks of kLaterBytes. While the product of few rows computes, memory has
+// time for more than its weights, so each of its items has a share of these fetched.
+struct Later {
+  const char* const* blocks = nullptr;
+  int64_t count = 0;
+};
+
+constexpr int64_t kLaterLines = 32, kLaterBytes = kLaterLines * 64;
+
 struct Update {
   const float *h, *b;
   int64_t ranks;
@@ -29,6 +38,7 @@ struct Linear {
   int64_t m, k, n;
   bool onto;
   Update update;
+  Later later;
 };
 
 // The same in half precision (halves.h): w is float16 [panels(n)][k][32], and x what `halve_rows` made of float32 rows.
@@ -51,6 +61,7 @@ struct LinearI8 {
   float* y;
   int64_t m, groups, n;
   bool onto;
+  Later later;
 };
 
 constexpr int64_t kGroup = 32;  // values of k that share a scale

@@ -81,12 +81,29 @@ INLINE void store_columns(float* y, const Vec (&values)[2], int columns, bool on
   }
 }
 
+// Fetches blocks of `Later` into the second-level cache, a line at each call; once they are through, lines from a place given.
+class LaterLines {
+ public:
+  INLINE LaterLines(const Later& later, const char* instead) : block_(later.blocks), end_(later.blocks + later.count), line_(instead) {}
+  INLINE void fetch(const char* instead) {
+    if (left_ == 0) line_ = block_ < end_ ? *block_++ : instead, left_ = kLaterLines;
+    _mm_prefetch(line_, _MM_HINT_T1);
+    line_ += 64, --left_;
+  }
+
+ private:
+  const char *const *block_, *const *end_;
+  const char* line_;
+  int64_t left_ = 0;
+};
+
 // R rows of a panel, two vectors of columns at a time. k and stride count values of X. Meanwhile the weights that come next are
 // fetched into the second-level cache, `next_step` bytes a step, so that memory never waits for arithmetic, and the places of the
 // results into the first: a product of many rows and columns is larger than a cache.
-template <typename Step, int R>
+template <typename Step, int R, bool kLater>
 void tile(const typename Step::X* x, const typename Step::W* w, const Update& update, float* y, int64_t k, int64_t y_stride,
-          int columns, bool onto, const char* next, int64_t next_step) {
+          int columns, bool onto, const char* next, int64_t next_step, const Later& later) {
+  LaterLines lines(later, next);
   for (int column = 0; column < columns; column += 2 * kWidth) {
     Vec acc[R][2];
 #pragma GCC unroll 16
@@ -100,6 +117,7 @@ void tile(const typename Step::X* x, const typename Step::W* w, const Update& up
     for (; i + Step::kDepth <= k; i += Step::kDepth, weights += kPanel, next += next_step) {
       _mm_prefetch(next, _MM_HINT_T1);
       _mm_prefetch(next + 64, _MM_HINT_T1);
+      if constexpr (kLater) lines.fetch(next);
       Step::step(x + i, k, weights, acc);
     }
     if (i < k) Step::rest(x + i, k, weights, acc);
@@ -128,20 +146,30 @@ struct Tile {
   int64_t row, rows, panel;
   const char* next;
   int64_t next_step;
+  Later later;
 };
+
+// Share i of n.
+INLINE Later share(const Later& later, int64_t i, int64_t n) {
+  const int64_t first = later.count * i / n;
+  return {later.blocks + first, later.count * (i + 1) / n - first};
+}
 
 // body(tile) for items [begin, end) of y [m, n], in tiles of at most kRows rows. A panel has `bytes` and is read in so many steps.
 template <int kRows, typename Body>
-INLINE void each_tile(int64_t m, int64_t n, const void* w, int64_t bytes, int64_t steps, int64_t begin, int64_t end, const Body& body) {
-  const int64_t panel_count = panels(n);
+INLINE void each_tile(int64_t m, int64_t n, const void* w, int64_t bytes, int64_t steps, const Later& later, int64_t begin, int64_t end,
+                      const Body& body) {
+  const int64_t panel_count = panels(n), items = (m + kRowBlock - 1) / kRowBlock * panel_count;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t panel = item % panel_count, row_begin = item / panel_count * kRowBlock;
     const int64_t rows = m - row_begin < kRowBlock ? m - row_begin : kRowBlock, tiles = (rows + kRows - 1) / kRows;
     const int64_t next_step = kPanel * 4 / tiles;
     const char* next = static_cast<const char*>(w) + (panel + 1) * bytes;
+    const Later of_item = share(later, item, items);
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t row = rows * i / tiles;
-      body(Tile{row_begin + row, rows * (i + 1) / tiles - row, panel, next + i * steps * next_step, next_step});
+      body(Tile{row_begin + row, rows * (i + 1) / tiles - row, panel, next + i * steps * next_step, next_step,
+                share(of_item, i, tiles)});
     }
   }
 }
@@ -156,11 +184,13 @@ INLINE void linear(const Linear& a, int64_t k, int64_t begin, int64_t end) {
   const int64_t steps = (k + Step::kDepth - 1) / Step::kDepth, values = steps * kPanel;
   const auto* x = static_cast<const typename Step::X*>(a.x);
   const auto* w = static_cast<const typename Step::W*>(a.w);
-  each_tile<Step::kRows>(a.m, a.n, w, values * sizeof *w, steps, begin, end, [&](const Tile& t) {
+  each_tile<Step::kRows>(a.m, a.n, w, values * sizeof *w, steps, a.later, begin, end, [&](const Tile& t) {
     const Update update{a.update.h + t.row * a.update.ranks, a.update.b + t.panel * a.update.ranks * kPanel, a.update.ranks};
     with_rows<Step::kRows>(t.rows, [&](auto rows) {
-      tile<Step, decltype(rows)::value>(x + t.row * k, w + t.panel * values, update, a.y + t.row * a.n + t.panel * kPanel, k, a.n,
-                                        columns_of(a.n, t.panel), a.onto, t.next, t.next_step);
+      constexpr int R = decltype(rows)::value;
+      (a.later.count ? tile<Step, R, true> : tile<Step, R, false>)(x + t.row * k, w + t.panel * values, update,
+                                                                   a.y + t.row * a.n + t.panel * kPanel, k, a.n,
+                                                                   columns_of(a.n, t.panel), a.onto, t.next, t.next_step, t.later);
     });
   });
 }

@@ -16,13 +16,17 @@ ffi::Error linear(F32 x, ffi::AnyBuffer w, F32 scale, F32 onto, ffi::AnyBuffer b
   if (normed && (gated || scale.element_count() != static_cast<size_t>(k))) return bad("a norm takes x [m, k] and scale [k]");
   if (added && onto.typed_data() != y->typed_data()) return bad("the sum does not take the place of what is added to");
 
-  const Adapters adapters{bank, start, row_slot, rank, a_offsets, b_offsets, columns, widths, ranks};
-  const bool adapted = adapters.any();
+  static thread_local AdapterWork work;
+  if (auto error = work.read({bank, start, row_slot, rank, a_offsets, b_offsets, columns, widths, ranks}, m, k, n); error.failure()) {
+    return error;
+  }
   Forms forms = form_for(w);
-  if (adapted) (adapters.rounded() ? forms.rounded : forms.plain) = true;
+  if (!work.empty()) work.want(&forms);
   const Rows rows = prepare({x.typed_data(), m, k, normed ? scale.typed_data() : nullptr, eps, gated}, forms);
-  if (auto error = multiply(rows, w, y->typed_data(), m, k, n, added); error.failure()) return error;
-  return adapted ? add_adapters(adapters, rows, y->typed_data(), m, k, n) : ffi::Error::Success();
+  const Later later = work.empty() ? Later{} : work.later();
+  if (auto error = multiply(rows, w, y->typed_data(), m, k, n, added, {}, later); error.failure()) return error;
+  if (!work.empty()) work.run(rows, y->typed_data());
+  return ffi::Error::Success();
 }
 
 }  // namespace

@@ -31,19 +31,19 @@ Forms form_for(const ffi::AnyBuffer& w) {
 }
 
 ffi::Error multiply(const Rows& rows, const ffi::AnyBuffer& w, float* y, int64_t m, int64_t k, int64_t n, bool onto,
-                    const Update& update) {
+                    const Update& update, const Later& later) {
   const auto other_shape = [] { return bad("the weights were packed for another shape"); };
   const int64_t groups = (k + kGroup - 1) / kGroup;
   switch (w.element_type()) {
     case ffi::F32: {
       if (!is_packed(w, n, k, kPanel)) return other_shape();
-      const Linear a{rows.plain, w.untyped_data(), y, m, k, n, onto, update};
+      const Linear a{rows.plain, w.untyped_data(), y, m, k, n, onto, update, later};
       share(a.w, kPanel * k * 4, m, n, [&](int64_t begin, int64_t end) { active->linear_f32(a, begin, end); });
       break;
     }
     case ffi::U32: {
       if (!is_packed(w, n, (k + 1) / 2, kPanel)) return other_shape();
-      const Linear a{rows.of_bf16(), w.untyped_data(), y, m, k, n, onto, update};
+      const Linear a{rows.of_bf16(), w.untyped_data(), y, m, k, n, onto, update, later};
       share(a.w, kPanel * k * 2, m, n, [&](int64_t begin, int64_t end) { active->linear_bf16(a, begin, end); });
       break;
     }
@@ -56,7 +56,7 @@ ffi::Error multiply(const Rows& rows, const ffi::AnyBuffer& w, float* y, int64_t
     }
     case ffi::U8: {
       if (!is_packed(w, n, groups, kGroupBytes)) return other_shape();
-      const LinearI8 a{rows.quantized, rows.scales, rows.offsets, static_cast<const uint8_t*>(w.untyped_data()), y, m, groups, n, onto};
+      const LinearI8 a{rows.quantized, rows.scales, rows.offsets, static_cast<const uint8_t*>(w.untyped_data()), y, m, groups, n, onto, later};
       share(a.w, groups * kGroupBytes, m, n, [&](int64_t begin, int64_t end) { active->linear_i8(a, begin, end); });
       break;
     }

@@ -11,6 +11,6 @@ Forms form_for(const ffi::AnyBuffer& w);
 // y [m, n] = rows [m, k] @ w, and `update` added where there is one: for weights in float32 or bfloat16. With `onto` the sum goes onto what y
 // holds. An error where w was packed for another shape, or for another instruction set.
 ffi::Error multiply(const Rows& rows, const ffi::AnyBuffer& w, float* y, int64_t m, int64_t k, int64_t n, bool onto,
-                    const Update& update = {});
+                    const Update& update = {}, const Later& later = {});
 
 }  // namespace jaxlora
