@@ -44,28 +44,31 @@ ffi::Error attention(F32 qkv, F32 cos, F32 sin, F32 q_norm, F32 k_norm, ffi::Any
   a.k_cache = k_cache.untyped_data(), a.v_cache = v_cache.untyped_data();
   a.starts = starts.typed_data(), a.lengths = lengths.typed_data(), a.slots = slots.typed_data(), a.offsets = offsets.typed_data();
   a.window = window, a.scale = scale, a.eps = eps;
-  int64_t valid = 0;
   for (int64_t b = 0; b < a.b; ++b) {
     const int64_t own = a.tokens_of(b);
     if (own < 0 || (b == 0 && a.offsets[0] != 0)) return bad("offsets do not ascend from 0 to the number of tokens");
     a.longest = std::max(a.longest, own);
     if (a.lengths[b] <= 0) continue;
-    valid += a.lengths[b];
     if (a.lengths[b] > own || a.starts[b] < 0 || a.starts[b] + a.lengths[b] > std::min(a.s, ts[0]) || a.slots[b] < 0 || a.slots[b] >= cs[0]) {
       return bad("row " + std::to_string(b) + " lies outside of the cache");
     }
   }
+  if (a.longest == 0) return ffi::Error::Success();
   Pool& pool = Pool::instance();
   const int64_t group = a.heads / a.kv;
   a.tile = kTileQueries / group > 0 ? kTileQueries / group : 1;
   auto store = [&](int64_t begin, int64_t end) { (bf16 ? active->store_new_bf16 : active->store_new_f32)(a, begin, end); };
-  if (valid * a.kv * a.d < kSerial) {
-    store(0, a.b * a.kv);
+  auto attend = [&](int64_t begin, int64_t end) { (bf16 ? active->attend_bf16 : active->attend_f32)(a, begin, end); };
+  const int64_t tiles = (a.longest + a.tile - 1) / a.tile;
+  if (tiles == 1) {  // nobody reads what another item stores
+    pool.split(a.b * a.kv, [&](int64_t begin, int64_t end) {
+      store(begin, end);
+      attend(begin, end);
+    });
   } else {
     pool.split(a.b * a.kv, store);
+    pool.split(a.b * tiles * a.kv, attend);
   }
-  pool.split(a.b * ((a.longest + a.tile - 1) / a.tile) * a.kv,
-             [&](int64_t begin, int64_t end) { (bf16 ? active->attend_bf16 : active->attend_f32)(a, begin, end); });
   return ffi::Error::Success();
 }
 

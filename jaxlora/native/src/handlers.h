@@ -42,6 +42,4 @@ class Scratch {
 
 inline thread_local Scratch scratch;
 
-constexpr int64_t kSerial = 1 << 14;  // values below which waking a worker costs more than it saves
-
 }  // namespace jaxlora

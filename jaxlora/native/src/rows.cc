@@ -3,6 +3,8 @@
 namespace jaxlora {
 namespace {
 
+constexpr int64_t kSerial = 1 << 14;  // values below which waking a worker costs more than it saves
+
 // One behind the other in memory, each from a cache line on.
 class Layout {
  public:
