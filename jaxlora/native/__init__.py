@@ -6,7 +6,7 @@ Contract
   a build that gives wrong results. Nothing else here compiles or loads anything. The twins do the same in plain JAX, everywhere.
 - A row's result is the same bit for bit whatever the number of rows, its place among them, the other rows, the chunk a token came
   in, and the number of threads. It differs between instruction sets (but for products with int8 weights) and from the twins, within rounding.
-- What is updated (caches, y) is updated in place: donate it, or let it be a value that nothing else uses.
+- What is updated (caches, the bank, what a product is added to) is updated in place: donate it, or let it be a value that nothing else uses.
 - Activations are float32; weights are float32, bfloat16 or int8, caches float32 or bfloat16, the bank of adapters any of these.
 - `JAXLORA_NATIVE_THREADS` (default: the CPUs that the process may run on) and `JAXLORA_NATIVE_ISA` override what is found.
 

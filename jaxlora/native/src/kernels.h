@@ -13,10 +13,6 @@ inline int64_t panels(int64_t n) {
   return (n + kPanel - 1) / kPanel;
 }
 
-// y[m, n] = x[m, k] @ w, all float32 but for the weights.
-//   float32 weights  [panels(n)][k][32]
-//   bfloat16 weights [panels(n)][pairs of k][32][2], k padded to even with a zero
-// and with h [m, ranks] @ b [panels(n)][ranks][32] added, where there are ranks. With `onto` all that goes onto what y holds.
 // Memory that is read after a product: the beginnings of blocks of kLaterBytes. While the product of few rows computes, memory has
 // time for more than its weights, so each of its items has a share of these fetched.
 struct Later {
@@ -26,6 +22,10 @@ struct Later {
 
 constexpr int64_t kLaterLines = 32, kLaterBytes = kLaterLines * 64;
 
+// y[m, n] = x[m, k] @ w, all float32 but for the weights.
+//   float32 weights  [panels(n)][k][32]
+//   bfloat16 weights [panels(n)][pairs of k][32][2], k padded to even with a zero
+// and with h [m, ranks] @ b [panels(n)][ranks][32] added, where there are ranks. With `onto` all that goes onto what y holds.
 struct Update {
   const float *h, *b;
   int64_t ranks;
