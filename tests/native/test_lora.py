@@ -111,3 +111,6 @@ def test_slots_and_modules_outside_of_the_bank_are_refused(kernels: native.Kerne
     ]:
         with pytest.raises(Exception, match=message):
             jax.block_until_ready(lora(kernels, y, x, bank, jnp.int32([slot]), (module,), ranks))
+    for slots, module, message in (([-1], modules[0]._replace(b=bank.shape[1]), "outside of the bank"), ([-1, -1], modules[0], "one number a row")):
+        with pytest.raises(Exception, match=message):  # where no row has an adapter, too
+            jax.block_until_ready(lora(kernels, y, x, bank, jnp.int32(slots), (module,)))

@@ -14,9 +14,7 @@ void add_blocks(const char* from, int64_t bytes, std::vector<const char*>* block
 
 ffi::Error AdapterWork::read(const Adapters& a, int64_t m, int64_t k, int64_t n) {
   modules_.clear(), groups_.clear(), down_.clear(), up_.clear();
-  const int32_t* row_slot = a.row_slot.typed_data();
-  const auto rows = static_cast<int64_t>(a.row_slot.element_count());
-  if (std::none_of(row_slot, row_slot + rows, [](int32_t slot) { return slot >= 0; })) return ffi::Error::Success();
+  if (a.a_offsets.size() == 0) return ffi::Error::Success();
 
   const auto bs = a.bank.dimensions();
   if (bs.size() != 2) return bad("adapters lie in a bank [slots, size]");
@@ -24,7 +22,7 @@ ffi::Error AdapterWork::read(const Adapters& a, int64_t m, int64_t k, int64_t n)
   m_ = m, k_ = k, n_ = n;
   if (type_ != ffi::BF16 && type_ != ffi::S8 && type_ != ffi::F32) return bad("the bank is float32, bfloat16 or int8");
   const int64_t slots = bs[0];
-  if (rows != m) return bad("row_slot takes one number a row");
+  if (a.row_slot.element_count() != static_cast<size_t>(m)) return bad("row_slot takes one number a row");
   if (a.rank.element_count() != static_cast<size_t>(slots)) return bad("rank takes one number a slot");
   if (a.start.element_count() != 1) return bad("start takes one number");
 
@@ -37,6 +35,9 @@ ffi::Error AdapterWork::read(const Adapters& a, int64_t m, int64_t k, int64_t n)
     }
     modules_.push_back(module);
   }
+
+  const int32_t* row_slot = a.row_slot.typed_data();
+  if (std::none_of(row_slot, row_slot + m, [](int32_t slot) { return slot >= 0; })) return ffi::Error::Success();
 
   // Rows in the order of their slots: a count, then their places.
   places_.assign(static_cast<size_t>(slots) + 1, 0);
