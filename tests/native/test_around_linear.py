@@ -121,3 +121,5 @@ def test_what_does_not_fit_is_refused(kernels: native.Kernels) -> None:
     ):
         with pytest.raises(Exception, match=message):
             jax.block_until_ready(kernels.linear(x, w, **around))
+    with pytest.raises(Exception, match=r"gate takes x \[m, 2 k\]"):
+        jax.block_until_ready(kernels.linear(normal(1, 2, 33), w, gated=True))

@@ -13,6 +13,7 @@ ffi::Error linear(F32 x, ffi::AnyBuffer w, F32 scale, F32 onto, ffi::AnyBuffer b
   if (xs.size() != 2 || ys.size() != 2 || xs[0] != ys[0]) return bad("linear takes x [m, k], packed w and y [m, n]");
   const int64_t m = xs[0], k = gated ? xs[1] / 2 : xs[1], n = ys[1];
   const bool normed = scale.element_count() != 0, added = onto.element_count() != 0;
+  if (gated && xs[1] % 2) return bad("a gate takes x [m, 2 k]");
   if (normed && (gated || scale.element_count() != static_cast<size_t>(k))) return bad("a norm takes x [m, k] and scale [k]");
   if (added && onto.typed_data() != y->typed_data()) return bad("the sum does not take the place of what is added to");
 
