@@ -8,10 +8,15 @@ from jaxlora import native
 from jaxlora.settings import Settings
 
 
-def kernels_here() -> native.Kernels:
-    """Skips the test, with the reason, where there are none."""
-    loaded = native.load(build_dir())
+_NONE_HERE = ("no C++ compiler", "no kernels for", "switched off", "this CPU")
+
+
+def kernels_here(folder: pathlib.Path | None = None, isa: str | None = None) -> native.Kernels:
+    """Skips the test, with the reason, where there are none. Ends the run where they don't compile or give wrong results: every test would try again."""
+    loaded = native.load(folder or build_dir(), isa)
     if isinstance(loaded, str):
+        if not loaded.startswith(_NONE_HERE):
+            pytest.exit(loaded, returncode=1)
         pytest.skip(loaded)
     return loaded
 

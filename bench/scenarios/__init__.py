@@ -6,18 +6,18 @@ A scenario is a function from a `Context` to `{"title", "columns", "rows", "note
 from collections.abc import Callable
 from typing import Any
 
-from bench.scenarios import fairness, lookup, lora_int8, prefix, publishing, quality, starts, training, wire, zipf
+from bench.scenarios import cost, fairness, lookup, prefix, publishing, quality, starts, training, wire, zipf
 from bench.scenarios.context import Context, Skipped
 
 SCENARIOS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "wire": wire.measure,
+    "cost": cost.measure,
     "zipf": zipf.measure,
     "fairness": fairness.measure,
     "publish": publishing.measure,
     "starts": starts.measure,
     "prefix": prefix.measure,
     "lookup": lookup.measure,
-    "lora-int8": lora_int8.measure,
     "quality": quality.measure,
     "training": training.measure,
 }

@@ -26,6 +26,13 @@ def test_a_second_build_takes_the_library_that_is_there(kernels: native.Kernels,
     assert [path.stat().st_mtime_ns for path in there] == before
 
 
+def test_every_instruction_set_that_the_compiler_knows_is_built(kernels: native.Kernels, build_dir: pathlib.Path) -> None:
+    library = build.library(build_dir).read_bytes()
+    for isa, flags in build.ISA_FLAGS.items():
+        known = subprocess.run([*build.compiler(), *flags, "-E", "-x", "c++", os.devnull], capture_output=True).returncode == 0
+        assert (isa.encode() + b"\0" in library) == known, isa
+
+
 def test_a_library_that_computes_something_wrong_is_not_used(
     monkeypatch: pytest.MonkeyPatch, kernels: native.Kernels, build_dir: pathlib.Path
 ) -> None:

@@ -67,6 +67,7 @@ def server(tmp_path_factory, tiny_model, adapters) -> TritonServer:
             assert publish(folder, name, started.store) == 1
         Http(started).load("adapters")
         yield started
+        assert not started.has_ended(), "the shared server ended by itself:\n" + "\n".join(started.last_lines(100))
 
 
 @pytest.fixture

@@ -44,13 +44,15 @@ def serving(
 
     Arguments:
         settings: what differs from the defaults. The cache is in `folder` too, unless named here.
+
+    Its log is `folder`'s `triton.log`.
     """
     model_repository = folder / "model_repository"
     if not model_repository.exists():
         repository.copy(model_repository)
     ports = dict(zip(preflight.PORTS, preflight.free_ports(len(preflight.PORTS)), strict=True))
     own = dataclasses.replace(Settings(), **({"cache_dir": folder / "cache"} | ports | settings))
-    server = TritonServer(own, model_repository=model_repository, models=models)
+    server = TritonServer(own, model_repository=model_repository, models=models, log_path=folder / "triton.log")
     try:
         server.start()
         server.wait_until_ready(start_timeout_s)
