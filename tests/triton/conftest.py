@@ -10,7 +10,7 @@ from server.launch import TritonServer
 
 from ..kernels import share_kernels
 from ..parity import checkpoints
-from .harness import CACHE, Grpc, Http, serving, write_byte_tokenizer
+from .harness import CACHE, Grpc, Http, check_still_runs, serving, write_byte_tokenizer
 
 KINDS = ("attention", "every-linear", "rslora", "patterns")
 ADAPTERS = tuple(f"{user}/{kind}" for user in ("alice", "bob") for kind in KINDS)
@@ -67,7 +67,7 @@ def server(tmp_path_factory, tiny_model, adapters) -> TritonServer:
             assert publish(folder, name, started.store) == 1
         Http(started).load("adapters")
         yield started
-        assert not started.has_ended(), "the shared server ended by itself:\n" + "\n".join(started.last_lines(100))
+        check_still_runs(started)
 
 
 @pytest.fixture
@@ -91,3 +91,4 @@ def operated(tmp_path_factory, tiny_model, adapters) -> TritonServer:
             publish(adapter, name, started.store)
         Http(started, {"admin-key": ADMIN_KEY}).load("adapters")
         yield started
+        check_still_runs(started)

@@ -61,6 +61,11 @@ def serving(
         server.stop()
 
 
+def check_still_runs(server: TritonServer) -> None:
+    """For the end of a server that many tests share: if it ended by itself, their failures do not say why."""
+    assert not server.has_ended(), "the shared server ended by itself:\n" + "\n".join(server.last_lines(100))
+
+
 def write_byte_tokenizer(folder: pathlib.Path) -> pathlib.Path:
     """Adds a tokenizer to a checkpoint of 256 tokens: one token a byte, so a character can be several tokens. With a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
