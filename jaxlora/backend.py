@@ -6,7 +6,7 @@ Both give the same answers within rounding, and each gives a row the same bits i
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -272,12 +272,12 @@ def _quick_gathers() -> dict[str, bool]:
     return options
 
 
-def choose(build_dir: pathlib.Path) -> tuple[Backend, str]:
-    """The backend for this machine, and a line that says which and why."""
+def choose(build_dir: pathlib.Path, progress: Callable[[str], None] = lambda line: None) -> tuple[Backend, str]:
+    """The backend for this machine, and a line that says which and why. `progress` is told before what takes long."""
     platform = jax.default_backend()
     if platform != "cpu":
         return XlaBackend(), f"XLA on {platform}"
-    kernels = native.load(build_dir)
+    kernels = native.load(build_dir, progress=progress)
     if isinstance(kernels, str):
         return XlaBackend(), f"XLA on the CPU, without native kernels: {kernels}"
     return NativeBackend(kernels), f"native kernels ({kernels.isa}, {kernels.threads} threads)"

@@ -34,7 +34,7 @@ class Base:
         """Reads everything but the weights. Raises SetupError."""
         keep_compiled_programs(settings.cache_dir)
         folder = resolve(settings.model, settings.cache_dir, say)
-        chosen = machine.choose(settings.cache_dir / "native", dtype)
+        chosen = machine.choose(settings.cache_dir / "native", dtype, say)
         return cls(settings, folder, ModelConfig.from_folder(folder), Tokenizer.from_folder(folder), dtype, chosen)
 
     def load(self) -> Weights:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -91,9 +92,9 @@ class NativeMachine:
         return y if dense.bias is None else y + dense.bias
 
 
-def choose(build_dir: pathlib.Path, dtype: str) -> Machine:
-    """The fastest way to train with weights of that type here."""
+def choose(build_dir: pathlib.Path, dtype: str, progress: Callable[[str], None] = lambda line: None) -> Machine:
+    """The fastest way to train with weights of that type here. `progress` is told before what takes long."""
     if jax.default_backend() != "cpu" or dtype == "float16":
         return XlaMachine()
-    kernels = native.load(build_dir)
+    kernels = native.load(build_dir, progress=progress)
     return XlaMachine() if isinstance(kernels, str) else NativeMachine(kernels)

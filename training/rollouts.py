@@ -80,7 +80,7 @@ class Sampler:
         progress: Callable[[str], None] = lambda line: None,
     ):
         self._config, self._sampling, self._stop, self._progress = config, sampling, frozenset(stop_token_ids), progress
-        self._backend, line = backend.choose(native_dir)
+        self._backend, line = backend.choose(native_dir, progress)
         progress(f"sampling: {line}")
         self._weights = _weights(folder, config, base, self._backend, sampling.dtype)
         self._versions: dict[Hashable, _HostAdapter] = {}

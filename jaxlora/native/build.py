@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax.ffi
@@ -45,8 +46,9 @@ def compiler() -> list[str]:
     raise BuildError("no C++ compiler (g++ or clang++) on PATH")
 
 
-def library(build_dir: os.PathLike[str] | str) -> pathlib.Path:
-    """The compiled library in `build_dir` (made where absent), built now unless it's there already. A build takes seconds.
+def library(build_dir: os.PathLike[str] | str, progress: Callable[[str], None] = lambda line: None) -> pathlib.Path:
+    """The compiled library in `build_dir` (made where absent), built now unless it's there already. A build takes a minute or two on
+    two cores, and is told to `progress` when it begins.
 
     Raises:
         BuildError: another kind of machine, no compiler, or the compiler's first error.
@@ -57,6 +59,7 @@ def library(build_dir: os.PathLike[str] | str) -> pathlib.Path:
     build_dir = pathlib.Path(build_dir)
     path = build_dir / f"jaxlora-native-{_key(command)}.so"
     if not path.exists():
+        progress(f"compiling the CPU kernels with {command[0]}, once (a minute or two)")
         build_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=build_dir, prefix="build-") as folder:
             os.replace(_build(command, pathlib.Path(folder)), path)

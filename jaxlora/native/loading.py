@@ -4,6 +4,7 @@ import ctypes
 import os
 import pathlib
 import threading
+from collections.abc import Callable
 
 import jax
 
@@ -17,7 +18,9 @@ _lock = threading.Lock()
 _loaded: list[tuple[pathlib.Path, ctypes.CDLL]] = []  # at most one: the targets of jax.ffi belong to the process
 
 
-def load(build_dir: os.PathLike[str] | str, isa: str | None = None) -> Kernels | str:
+def load(
+    build_dir: os.PathLike[str] | str, isa: str | None = None, progress: Callable[[str], None] = lambda line: None
+) -> Kernels | str:
     """Builds the library into `build_dir` unless it's there, loads it, registers it with JAX and checks a fresh build once.
 
     A process has one library and one instruction set at a time; a later call may change the set.
@@ -25,6 +28,7 @@ def load(build_dir: os.PathLike[str] | str, isa: str | None = None) -> Kernels |
     Arguments:
         build_dir: folder for the compiled library; it may be shared by processes.
         isa: `avx512fp16`, `avx512bf16`, `avx512` or `avx2`; by default `JAXLORA_NATIVE_ISA` (which may be `none`), or else the best there is.
+        progress: told, in a line, before what takes long.
 
     Returns:
         The kernels, or one line that says why there are none. The caller then stays with plain JAX.
@@ -35,7 +39,7 @@ def load(build_dir: os.PathLike[str] | str, isa: str | None = None) -> Kernels |
     with _lock:
         if not _loaded:
             try:
-                path = build.library(build_dir)
+                path = build.library(build_dir, progress)
                 library = ctypes.CDLL(str(path))
             except (build.BuildError, OSError) as error:
                 return str(error)

@@ -62,7 +62,7 @@ class LoraService:
             raise SetupError(
                 f"MODEL: the tokenizer knows {self.tokenizer.vocab_size} ids, the model {self.config.vocab_size}; they don't belong together"
             )
-        chosen, line = backend.choose(settings.cache_dir / "native")
+        chosen, line = backend.choose(settings.cache_dir / "native", progress)
         progress(line)
         dtype = chosen.dtype if settings.dtype == "auto" else settings.dtype
         int8 = settings.quantization == "int8"

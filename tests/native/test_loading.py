@@ -21,7 +21,8 @@ from .arrays import normal, same_bits
 def test_a_second_build_takes_the_library_that_is_there(kernels: native.Kernels, build_dir: pathlib.Path) -> None:
     there = [path for path in build_dir.iterdir() if path.suffix == ".so"]
     before = [path.stat().st_mtime_ns for path in there]
-    assert [build.library(build_dir)] == there
+    told: list[str] = []
+    assert [build.library(build_dir, told.append)] == there and not told
     assert [path for path in build_dir.iterdir() if path.suffix != ".checked"] == there
     assert [path.stat().st_mtime_ns for path in there] == before
 
@@ -64,6 +65,14 @@ def test_without_a_compiler_there_is_a_reason_instead(
     got = native.load(tmp_path)
     assert isinstance(got, str) and "\n" not in got
     assert re.search(reason, got)
+
+
+def test_who_waits_for_a_build_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setattr(native.loading, "_loaded", [])
+    monkeypatch.setenv("CXX", """sh -c '[ "$0" = --version ]'""")
+    told: list[str] = []
+    assert native.load(tmp_path, progress=told.append) == "sh failed: no message"
+    assert told == ["compiling the CPU kernels with sh, once (a minute or two)"]
 
 
 def test_callers_in_several_threads_do_not_disturb_each_other(kernels: native.Kernels) -> None:
