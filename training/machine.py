@@ -63,11 +63,12 @@ class FrozenDense:
 class FrozenPacking:
     """Each linear layer on its own, since each may have an adapter; activations are float32."""
 
+    panel: int
     groups = PlainPacking.groups
 
     def dense(self, kernels: list[Array], biases: list[Array | None]) -> FrozenDense:
         (kernel,), (bias,) = kernels, biases
-        packed = native.pack_linear(kernel), native.pack_linear(kernel.T)
+        packed = native.pack_linear(kernel, self.panel), native.pack_linear(kernel.T, self.panel)
         return FrozenDense(*packed, None if bias is None else bias.astype(jnp.float32))
 
     def activations(self, dtype: jnp.dtype) -> jnp.dtype:
@@ -79,7 +80,10 @@ class NativeMachine:
     """The kernels of `jaxlora.native`, with weights in float32 or bfloat16 and activations in float32."""
 
     kernels: native.Kernels
-    packing = FrozenPacking()
+
+    @property
+    def packing(self) -> FrozenPacking:
+        return FrozenPacking(self.kernels.panel)
 
     def attend(self, q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:
         if q.shape[-1] % 16:

@@ -22,10 +22,12 @@ class Kernels:
     path: pathlib.Path
     isa: str
     threads: int
+    panel: int
+    """Columns of a panel of packed weights."""
 
     def pack_linear(self, w: np.ndarray | Array | Int8) -> Packed:
         """As the function of that name, in the form that is fastest here."""
-        return pack_linear(w, halves=self.isa == "avx512fp16")
+        return pack_linear(w, self.panel, halves=self.isa == "avx512fp16")
 
     @staticmethod
     def linear(

@@ -52,7 +52,7 @@ def load(
         chosen = library.jaxlora_select(isa.encode()).decode()
         if not chosen:
             return f"this CPU or compiler lacks {isa}" if isa else "this CPU has neither AVX-512 nor AVX2 with FMA"
-        kernels = Kernels(path, chosen, library.jaxlora_threads())
+        kernels = Kernels(path, chosen, library.jaxlora_threads(), library.jaxlora_panel())
         checked = path.with_suffix(f".{chosen}.checked")
         if not checked.exists():
             if wrong := selfcheck.wrong_results(kernels):

@@ -14,7 +14,7 @@ from jaxlora.int8 import quantize
 from jaxlora.int8_size import GROUP
 from jaxlora.native.gradients import adapted_linear, causal_attention
 from jaxlora.native.kernels import Kernels
-from jaxlora.native.operands import LoraModule, LoraRows, pack_linear
+from jaxlora.native.operands import LoraModule, LoraRows
 from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_draw, twin_linear, twin_rms_norm
 
 
@@ -67,7 +67,7 @@ def _lora(dtype: str, kernels: Kernels) -> bool:
     y, x, nothing = jnp.asarray(_normal(7, 100)), _normal(7, 70), np.zeros((70, 100), np.float32)
     where = jnp.int32(40), jnp.int32([1, 0, 1, -1, 1, 1, 1]), jnp.int32([16, 5])
     adapters = LoraRows(_bank(dtype), *where, (LoraModule(0, 16 * 70, 3, 90),), 16)
-    got, want = kernels.linear(x, pack_linear(nothing), onto=y, adapters=adapters), twin_linear(x, nothing, onto=y, adapters=adapters)
+    got, want = kernels.linear(x, kernels.pack_linear(nothing), onto=y, adapters=adapters), twin_linear(x, nothing, onto=y, adapters=adapters)
     return _near(got - y, want - y, 2e-2) if (dtype, kernels.isa) == ("bfloat16", "avx512bf16") else _close(got, want)
 
 
@@ -100,7 +100,7 @@ def _twin_causal(segments: Array) -> Callable[..., Array]:
 
 def _adapted(kernels: Kernels) -> bool:
     w, x, a, b, slope = _normal(64, 96), _normal(70, 64), _normal(5, 64), _normal(96, 5), _normal(70, 96)
-    packed = pack_linear(w), pack_linear(w.T)
+    packed = kernels.pack_linear(w), kernels.pack_linear(w.T)
     plain = lambda x, a, b: twin_linear(x, w) + 0.3 * twin_linear(twin_linear(x, a.T), b.T)
     return _close(*(_with_slopes(f, slope, x, a, b) for f in (lambda *xab: adapted_linear(xab[0], *packed, *xab[1:], 0.3), plain)))
 
@@ -127,7 +127,7 @@ def _draw(kernels: Kernels) -> bool:
 def _around(kernels: Kernels) -> bool:
     x, w, onto, norm = _normal(17, 140) * 4, _normal(70, 33), _normal(17, 33), (_normal(70), 1e-5)
     inputs = (x[:, :70], dict(norm=norm)), (x, dict(gated=True))
-    done = [(kernels.linear(x, pack_linear(w), onto=onto, **before), twin_linear(x, w, onto=onto, **before)) for x, before in inputs]
+    done = [(kernels.linear(x, kernels.pack_linear(w), onto=onto, **before), twin_linear(x, w, onto=onto, **before)) for x, before in inputs]
     return all(_close(*pair) for pair in done) and _close(kernels.rms_norm(x[:, :70], *norm), twin_rms_norm(x[:, :70], *norm))
 
 

@@ -24,7 +24,7 @@ def packed(kernels: native.Kernels, dtype: str, k: int, n: int) -> native.Packed
 
 
 def swiglu(kernels: native.Kernels, x: np.ndarray) -> jax.Array:
-    return kernels.linear(x, native.pack_linear(np.eye(x.shape[1] // 2, dtype=np.float32)), gated=True)
+    return kernels.linear(x, kernels.pack_linear(np.eye(x.shape[1] // 2, dtype=np.float32)), gated=True)
 
 
 @pytest.mark.parametrize("dtype", WEIGHTS)
@@ -50,7 +50,7 @@ def test_adapters_read_what_the_product_reads(kernels: native.Kernels, dtype: st
         bank = jnp.concatenate([values.astype(np.int8), np.full((2, rank), 1e-3, np.float32).view(np.int8)], axis=1)
     slots = jnp.arange(30, dtype=jnp.int32) % 3 - 1
     adapters = native.LoraRows(bank, jnp.int32(0), slots, jnp.int32([8, 5]), (native.LoraModule(0, rank * k, 2, n - 5),), rank)
-    nothing = native.pack_linear(np.zeros((k, n), np.float32))
+    nothing = kernels.pack_linear(np.zeros((k, n), np.float32))
     gate_up = normal(4, 30, 2 * k)
     for x, before, read in (
         (gate_up[:, :k], {}, gate_up[:, :k]),
@@ -107,7 +107,7 @@ def test_it_equals_the_twin_with_everything(kernels: native.Kernels) -> None:
     bank = normal(4, 2, 16 * 103)
     adapters = native.LoraRows(bank, jnp.int32(0), jnp.arange(10) % 2, jnp.int32([16, 3]), (native.LoraModule(0, 16 * 70, 0, 33),), 16)
     options = dict(norm=norm, onto=onto, adapters=adapters)
-    got = jax.jit(functools.partial(kernels.linear, **options))(x, native.pack_linear(w))
+    got = jax.jit(functools.partial(kernels.linear, **options))(x, kernels.pack_linear(w))
     want = native.twin_linear(x.reshape(10, 70), w, **options | {"onto": onto.reshape(10, 33)}).reshape(2, 5, 33)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
 

@@ -79,7 +79,7 @@ def test_a_linear_layer_with_an_adapter_and_its_gradient(
 ) -> None:
     x, a, b = jnp.asarray(normal(0, m, k)), jnp.asarray(normal(1, rank, k)), jnp.asarray(normal(2, n, rank))
     w = (jnp.asarray(normal(3, k, n)) / k**0.5).astype(dtype)
-    packed, back = native.pack_linear(w), native.pack_linear(w.T)
+    packed, back = (native.pack_linear(side, kernels.panel) for side in (w, w.T))
     ours = slopes(lambda x, a, b: native.adapted_linear(x, packed, back, a, b, 0.7), x, a, b)
     plain = lambda x, a, b: native.twin_linear(x, w) + 0.7 * native.twin_linear(native.twin_linear(x, a.T), b.T)
     rounded = dtype == "bfloat16" and kernels.isa == "avx512bf16"  # x and slopes too
@@ -88,7 +88,7 @@ def test_a_linear_layer_with_an_adapter_and_its_gradient(
 
 def test_a_frozen_linear_layer_gives_the_same_bits_as_the_one_that_serves(kernels: native.Kernels) -> None:
     x, w = jnp.asarray(normal(0, 3, 5, 75)), jnp.asarray(normal(1, 75, 70))
-    packed, back = native.pack_linear(w), native.pack_linear(w.T)
+    packed, back = (native.pack_linear(side, kernels.panel) for side in (w, w.T))
     y, (slope,) = slopes(lambda x: native.frozen_linear(x, packed, back), x)
     assert same_bits(y, native.Kernels.linear(x, packed))
     assert_close(slope, native.twin_linear(jnp.asarray(normal(99, 3, 5, 70)), w.T))
@@ -98,7 +98,7 @@ def test_results_are_the_same_every_time(kernels: native.Kernels) -> None:
     q, k, v = (jnp.asarray(normal(at, 2, 130, count, 64)) for at, count in enumerate((6, 2, 2)))
     attend = jax.jit(lambda q, k, v: slopes(lambda *qkv: native.causal_attention(*qkv, scale=0.1), q, k, v))
     w = jnp.asarray(normal(3, 64, 96))
-    packed, back = native.pack_linear(w), native.pack_linear(w.T)
+    packed, back = (native.pack_linear(side, kernels.panel) for side in (w, w.T))
     inputs = jnp.asarray(normal(4, 200, 64)), jnp.asarray(normal(5, 8, 64)), jnp.asarray(normal(6, 96, 8))
     linear = jax.jit(lambda *xab: slopes(lambda x, a, b: native.adapted_linear(x, packed, back, a, b, 2.0), *xab))
     first = jax.tree.leaves((attend(q, k, v), linear(*inputs)))

@@ -33,7 +33,7 @@ def test_a_row_of_linear_is_bitwise_the_same_beside_any_number_of_rows(kernels: 
 
 
 def test_linear_keeps_leading_dimensions(kernels: native.Kernels) -> None:
-    x, w = normal(0, 2, 3, 8), native.pack_linear(normal(1, 8, 5))
+    x, w = normal(0, 2, 3, 8), kernels.pack_linear(normal(1, 8, 5))
     assert same_bits(kernels.linear(x, w), kernels.linear(x.reshape(6, 8), w).reshape(2, 3, 5))
 
 
@@ -49,8 +49,8 @@ def test_x_is_rounded_to_nearest_even_where_it_is_rounded(kernels: native.Kernel
 
 def test_weights_of_another_type_or_shape_are_refused(kernels: native.Kernels) -> None:
     with pytest.raises(TypeError, match="float16"):
-        native.pack_linear(np.ones((2, 2), np.float16))
-    packed = native.pack_linear(np.ones((4, 4), np.float32))
+        kernels.pack_linear(np.ones((2, 2), np.float16))
+    packed = kernels.pack_linear(np.ones((4, 4), np.float32))
     with pytest.raises(Exception, match="packed for another shape"):
         jax.block_until_ready(kernels.linear(np.ones((1, 6), np.float32), native.Packed(packed.data, 6, 4)))
 
@@ -95,7 +95,7 @@ def test_weights_too_large_for_halves_stay_bfloat16(kernels: native.Kernels) -> 
 
 
 def test_halves_are_refused_by_a_set_without_them(kernels: native.Kernels) -> None:
-    packed = native.pack_linear(jnp.ones((4, 4), jnp.bfloat16), halves=True)
+    packed = native.pack_linear(jnp.ones((4, 4), jnp.bfloat16), kernels.panel, halves=True)
     if kernels.isa == "avx512fp16":
         np.testing.assert_array_equal(kernels.linear(np.ones((1, 4), np.float32), packed), 4)
     else:

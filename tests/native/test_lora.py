@@ -1,6 +1,7 @@
 """Low-rank updates by adapter: equal to the twin, bitwise the same beside any others, in place, within their bounds."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ def lora(
 ) -> jax.Array:
     """y with the updates alone."""
     adapters = native.LoraRows(bank, START, slots, RANKS if rank is None else rank, modules, MAX_RANK)
-    return kernels.linear(x, native.pack_linear(np.zeros((x.shape[1], y.shape[1]), np.float32)), onto=y, adapters=adapters)
+    return kernels.linear(x, kernels.pack_linear(np.zeros((x.shape[1], y.shape[1]), np.float32)), onto=y, adapters=adapters)
 
 
 @functools.partial(jax.jit, static_argnames="modules")  # compiled once for all instruction sets
@@ -100,6 +101,26 @@ def test_a_row_of_lora_is_bitwise_the_same_beside_any_others(kernels: native.Ker
     assert same_bits(alone[slots < 0], y[slots < 0])
 
 
+def test_a_call_is_told_from_those_before_it_that_differ_in_one_thing(kernels: native.Kernels) -> None:
+    bank, modules = bank_for(16, [16], "float32")
+    twice = jnp.concatenate([bank, -2 * bank], axis=1)
+    y, x = normal(0, 4, 32), normal(1, 4, 16)
+
+    @functools.partial(jax.jit, static_argnames=("linear", "module"))
+    def step(linear: Callable[..., jax.Array], slots: jax.Array, ranks: jax.Array, start: jax.Array, module: native.LoraModule) -> jax.Array:
+        w = np.zeros((16, 32), np.float32)
+        w = w if linear is native.twin_linear else kernels.pack_linear(w)
+        return linear(x, w, onto=jnp.asarray(y), adapters=native.LoraRows(twice, start, slots, ranks, (module,), MAX_RANK))
+
+    slots = [[2, -1, 4, 0], [2, -1, 0, 4], [2, 2, 2, 2], [-1, -1, -1, -1], *([i % SLOTS, i % 3, 2, (i + 1) % SLOTS] for i in range(9))]
+    starts = START, START + bank.shape[1]
+    calls = [(jnp.int32(rows), RANKS - smaller, start, modules[0]._replace(column=column))
+             for rows in slots for smaller in (0, 1) for start in starts for column in (2, 9)]  # fmt: skip
+    for _ in range(2):
+        for call in calls:
+            np.testing.assert_allclose(step(kernels.linear, *call), step(native.twin_linear, *call), rtol=1e-4, atol=1e-3)
+
+
 def test_slots_and_modules_outside_of_the_bank_are_refused(kernels: native.Kernels) -> None:
     bank, modules = bank_for(16, [16], "float32")
     y, x = normal(0, 1, 32), normal(1, 1, 16)
@@ -111,6 +132,10 @@ def test_slots_and_modules_outside_of_the_bank_are_refused(kernels: native.Kerne
     ]:
         with pytest.raises(Exception, match=message):
             jax.block_until_ready(lora(kernels, y, x, bank, jnp.int32([slot]), (module,), ranks))
+    far = native.LoraRows(bank, START + 1, jnp.int32([0]), RANKS, modules, MAX_RANK), native.LoraRows(bank, -START, jnp.int32([0]), RANKS, modules, MAX_RANK)
+    for adapters in far:
+        with pytest.raises(Exception, match="outside of the bank"):
+            jax.block_until_ready(kernels.linear(x, kernels.pack_linear(np.zeros((16, 32), np.float32)), onto=y, adapters=adapters))
     for slots, module, message in (([-1], modules[0]._replace(b=bank.shape[1]), "outside of the bank"), ([-1, -1], modules[0], "one number a row")):
         with pytest.raises(Exception, match=message):  # where no row has an adapter, too
             jax.block_until_ready(lora(kernels, y, x, bank, jnp.int32(slots), (module,)))

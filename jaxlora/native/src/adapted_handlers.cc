@@ -12,7 +12,7 @@ bool trains_with(const ffi::AnyBuffer& w) {
 
 // `b` of an update, packed to panels for y [m, n]; h is [m, ranks].
 bool fits(Shape h, Shape b, int64_t m, int64_t n) {
-  return h.size() == 2 && b.size() == 3 && h[0] == m && b[0] == panels(n) && b[1] == h[1] && b[2] == kPanel && h[1] % 16 == 0;
+  return h.size() == 2 && b.size() == 3 && h[0] == m && b[0] == panels(n) && b[1] == h[1] && b[2] == active->panel && h[1] % 16 == 0;
 }
 
 void project_rows(const float* x, const float* w, float* y, int64_t m, int64_t k, int64_t columns) {

@@ -18,31 +18,38 @@ struct Adapters {
   int64_t ranks;
 };
 
+// What there is to do for rows in such slots and modules at such offsets. The layers of a step, and steps with the same rows, differ only
+// in where offsets count from.
+struct AdapterPlan {
+  std::vector<int64_t> made_of;
+  int64_t end = 0;  // offsets in a slot lie before it
+  std::vector<LoraModule> modules;
+  std::vector<LoraGroup> groups;
+  std::vector<int64_t> rows;
+  std::vector<LoraItem> down, up;
+  std::vector<int64_t> later;  // what is read of the bank, about in that order for each thread: see `Later`
+};
+
 // y [m, n] += (x A^T) B for the rows of each adapter, x [m, k]: the parts of that work.
 class AdapterWork {
  public:
-  // An error where something lies outside of the bank or of y.
+  // An error where something lies outside of the bank or of y. The plan is kept until the calling thread reads others.
   ffi::Error read(const Adapters& adapters, int64_t m, int64_t k, int64_t n);
 
   // Whether no row has an adapter.
-  bool empty() const { return groups_.empty(); }
+  bool empty() const { return !plan_ || plan_->groups.empty(); }
 
   // Adds the form in which x is read.
   void want(Forms* forms) const { (type_ == ffi::BF16 ? forms->rounded : forms->plain) = true; }
 
-  // What it reads of the bank, about in that order for each thread.
-  Later later();
+  Later later() const { return {bank_, plan_->later.data(), static_cast<int64_t>(plan_->later.size())}; }
 
-  void run(const Rows& rows, float* y);
+  void run(const Rows& rows, float* y) const;
 
  private:
-  std::vector<LoraModule> modules_;
-  std::vector<LoraGroup> groups_;
-  std::vector<LoraItem> down_, up_;
-  std::vector<int64_t> places_, rows_;
-  std::vector<const char*> a_, b_, blocks_;
+  const AdapterPlan* plan_ = nullptr;
   ffi::DataType type_;
-  const char* bank_;
+  const char* bank_;  // from where offsets count in the first slot
   int64_t size_, ranks_, m_, k_, n_;
 };
 

@@ -18,6 +18,10 @@ using F32Result = ffi::ResultBuffer<ffi::F32>;
 
 extern const Kernels* active;  // never null once jaxlora_select has named a set
 
+inline int64_t panels(int64_t n) {
+  return (n + active->panel - 1) / active->panel;
+}
+
 inline ffi::Error bad(const std::string& message) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "jaxlora native: " + message);
 }

@@ -6,6 +6,7 @@
 // that out again: -128 times the sum of a group of x, where its sums begin.
 
 constexpr int64_t kQuads = kGroup / 4;  // steps of a group; each takes 4 values of k, 32 bits of x
+constexpr int64_t kPanelBytes = kPanel * kGroupBytes;  // that a panel's weights of one group of k take
 
 #ifdef __AVX512F__
 using Bits = __m512i;
@@ -121,43 +122,40 @@ INLINE void add_quads(const int8_t* x, int64_t stride, const uint8_t* w, Ints (&
 // R rows of a panel. Meanwhile what comes next is fetched, as in `tile`.
 template <int R, bool kLater>
 void int8_tile(const LinearI8& a, const Tile& t) {
-  const int64_t first = t.row * a.groups, columns = columns_of(a.n, t.panel);
+  const int64_t first = t.row * a.groups;
+  const uint8_t* w = a.w + t.panel * a.groups * kPanelBytes;
   const char* next = t.next;
   LaterLines later(t.later, next);
-  for (int column = 0; column < columns; column += 2 * kWidth) {
-    const uint8_t* w = a.w + t.panel * a.groups * kGroupBytes;
-    Vec acc[R][2];
+  Vec acc[R][2];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = zero();
-    for (int64_t g = first; g < first + a.groups; ++g, w += kGroupBytes) {
-      Ints sums[R][2];
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = zero();
+  for (int64_t g = first; g < first + a.groups; ++g, w += kPanelBytes) {
+    Ints sums[R][2];
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = fill_ints(a.offsets[r * a.groups + g]);
-      const uint8_t* weights = w + kPanel * sizeof(uint16_t) + column * 4;
-      const int8_t* x = a.x + g * kGroup;
-      for (int i = 0; i < kQuads; ++i, weights += kPanel * 4, x += 4, next += t.next_step) {
-        _mm_prefetch(next, _MM_HINT_T1);
-        _mm_prefetch(next + 64, _MM_HINT_T1);
-        if constexpr (kLater) later.fetch(next);
-        add_quads<R>(x, a.groups * kGroup, weights, sums);
-      }
-      const auto* scales = reinterpret_cast<const uint16_t*>(w) + column;
-      const Vec scale0 = load_bf16(scales), scale1 = load_bf16(scales + kWidth);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const Vec scale = fill(a.scales[r * a.groups + g]);
-        acc[r][0] = fma(to_floats(sums[r][0]), mul(scale, scale0), acc[r][0]);
-        acc[r][1] = fma(to_floats(sums[r][1]), mul(scale, scale1), acc[r][1]);
-      }
+    for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = fill_ints(a.offsets[r * a.groups + g]);
+    const auto* scales = reinterpret_cast<const uint16_t*>(w);
+    const uint8_t* weights = w + kPanel * sizeof(*scales);
+    const int8_t* x = a.x + g * kGroup;
+    for (int i = 0; i < kQuads; ++i, weights += kPanel * 4, x += 4, next += t.next_step) {
+      fetch_step(next);
+      if constexpr (kLater) later.fetch(next);
+      add_quads<R>(x, a.groups * kGroup, weights, sums);
     }
-    float* y = a.y + t.row * a.n + t.panel * kPanel + column;
+    const Vec scale0 = load_bf16(scales), scale1 = load_bf16(scales + kWidth);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) store_columns(y + r * a.n, acc[r], static_cast<int>(columns) - column, a.onto);
+    for (int r = 0; r < R; ++r) {
+      const Vec scale = fill(a.scales[r * a.groups + g]);
+      acc[r][0] = fma(to_floats(sums[r][0]), mul(scale, scale0), acc[r][0]);
+      acc[r][1] = fma(to_floats(sums[r][1]), mul(scale, scale1), acc[r][1]);
+    }
   }
+  float* y = a.y + t.row * a.n + t.panel * kPanel;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) store_columns(y + r * a.n, acc[r], columns_of(a.n, t.panel), a.onto);
 }
 
 void linear_i8(const LinearI8& a, int64_t begin, int64_t end) {
-  each_tile<kInt8Rows>(a.m, a.n, a.w, a.groups * kGroupBytes, a.groups * kQuads, a.later, begin, end, [&](const Tile& t) {
+  each_tile<kInt8Rows>(a.m, a.n, a.w, a.groups * kPanelBytes, a.groups * kQuads, a.later, begin, end, [&](const Tile& t) {
     with_rows<kInt8Rows>(t.rows, [&](auto rows) {
       constexpr int R = decltype(rows)::value;
       a.later.count ? int8_tile<R, true>(a, t) : int8_tile<R, false>(a, t);

@@ -29,6 +29,7 @@ namespace {
 
 #define JAXLORA_TABLE(name)          \
   {name,                             \
+   JAXLORA_ISA::kPanel,              \
    JAXLORA_ISA::round_rows,          \
    JAXLORA_ISA::linear_f32,          \
    JAXLORA_ISA::linear_bf16,         \

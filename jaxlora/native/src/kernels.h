@@ -7,25 +7,20 @@
 
 namespace jaxlora {
 
-constexpr int kPanel = 32;  // columns of a panel of packed weights
-
-inline int64_t panels(int64_t n) {
-  return (n + kPanel - 1) / kPanel;
-}
-
-// Memory that is read after a product: the beginnings of blocks of kLaterBytes. While the product of few rows computes, memory has
-// time for more than its weights, so each of its items has a share of these fetched.
+// Memory that is read after a product: blocks of kLaterBytes, which begin at so many bytes from a place. While the product of few rows
+// computes, memory has time for more than its weights, so each of its items has a share of these fetched.
 struct Later {
-  const char* const* blocks = nullptr;
+  const char* from = nullptr;
+  const int64_t* blocks = nullptr;
   int64_t count = 0;
 };
 
 constexpr int64_t kLaterLines = 32, kLaterBytes = kLaterLines * 64;
 
-// y[m, n] = x[m, k] @ w, all float32 but for the weights.
-//   float32 weights  [panels(n)][k][32]
-//   bfloat16 weights [panels(n)][pairs of k][32][2], k padded to even with a zero
-// and with h [m, ranks] @ b [panels(n)][ranks][32] added, where there are ranks. With `onto` all that goes onto what y holds.
+// y[m, n] = x[m, k] @ w, all float32 but for the weights, which lie in panels of so many columns as the instruction set works on at a time.
+//   float32 weights  [panels][k][panel]
+//   bfloat16 weights [panels][pairs of k][panel][2], k padded to even with a zero
+// and with h [m, ranks] @ b [panels][ranks][panel] added, where there are ranks. With `onto` all that goes onto what y holds.
 struct Update {
   const float *h, *b;
   int64_t ranks;
@@ -41,7 +36,7 @@ struct Linear {
   Later later;
 };
 
-// The same in half precision (halves.h): w is float16 [panels(n)][k][32], and x what `halve_rows` made of float32 rows.
+// The same in half precision (halves.h): w is float16 [panels][k][panel], and x what `halve_rows` made of float32 rows.
 struct LinearF16 {
   const uint32_t* x;    // [m, k] pairs of one float16 value
   const float* scales;  // [m], what each row of y is multiplied with
@@ -51,8 +46,8 @@ struct LinearF16 {
   bool onto;
 };
 
-// The same with weights of 8 bits: for each panel and group of k, 32 bfloat16 scales, then [quads of k][32][4] weights, each 128 more
-// than its value. x [m, groups, kGroup], scales and offsets [m, groups] are what `quantize_rows` made of float32 rows.
+// The same with weights of 8 bits: for each panel and group of k, a bfloat16 scale for each column, then [quads of k][panel][4] weights, each
+// 128 more than its value. x [m, groups, kGroup], scales and offsets [m, groups] are what `quantize_rows` made of float32 rows.
 struct LinearI8 {
   const int8_t* x;
   const float* scales;
@@ -65,7 +60,7 @@ struct LinearI8 {
 };
 
 constexpr int64_t kGroup = 32;  // values of k that share a scale
-constexpr int64_t kGroupBytes = kPanel * (kGroup + 2);
+constexpr int64_t kGroupBytes = kGroup + 2;  // that its weights of one column and their scale take
 
 // The tokens of sequence b are offsets[b] to offsets[b + 1] (the last one's: to `tokens`), of which the first lengths[b] are valid. Its
 // token t is at position starts[b] + t of cache slot slots[b].
@@ -103,7 +98,7 @@ struct Causal {
 // One module of a LoRA call: y[:, column : column + n] += (x A^T) B for the rows of each adapter. In a bank of int8 float32 scales
 // [ranks] follow B, by which x A^T is multiplied.
 struct LoraModule {
-  int64_t a, b;       // offsets into an adapter's part of the bank: A is [ranks, k], B is [ranks, n]
+  int64_t a, b;       // offsets within an adapter's part of the bank: A is [ranks, k], B is [ranks, n]
   int64_t column, n;  // its columns of y
 };
 
@@ -121,7 +116,7 @@ struct LoraItem {
 
 struct Lora {
   const void* x;     // [m, k], float32, or for a bank of bfloat16 what `round_rows` made of that
-  const void* bank;  // [adapters, size]
+  const void* bank;  // [adapters, size], from where offsets of modules count
   void* hidden;      // [modules, m, ranks], of the type of x
   float* y;          // [m, n]
   const int64_t* rows;
@@ -148,6 +143,7 @@ inline int64_t draw_space(int64_t n) {
 
 struct Kernels {
   const char* name;
+  int panel;  // columns of a panel of packed weights
   // Rows of x as bfloat16 weights need them, padded to an even number of values; null where they stay float32.
   void (*round_rows)(const float* x, uint16_t* rounded, int64_t k, int64_t row_begin, int64_t row_end);
   // Items of `linear` are (block of kRowBlock rows, panel), panels fastest.

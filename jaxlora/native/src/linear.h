@@ -67,13 +67,13 @@ struct PairsBf16 {
 
 #endif
 
-// The first `columns` of two vectors, or all, go to y, or onto what it holds.
+// The first `columns` of a panel, or all, go to y, or onto what it holds.
 INLINE void store_columns(float* y, const Vec (&values)[2], int columns, bool onto) {
-  if (columns >= 2 * kWidth) {
+  if (columns == kPanel) {
     store(y, onto ? add(load(y), values[0]) : values[0]);
     store(y + kWidth, onto ? add(load(y + kWidth), values[1]) : values[1]);
   } else {
-    alignas(64) float lanes[2 * kWidth];
+    alignas(64) float lanes[kPanel];
     store(lanes, values[0]);
     store(lanes + kWidth, values[1]);
     for (int i = 0; onto && i < columns; ++i) lanes[i] += y[i];
@@ -84,50 +84,52 @@ INLINE void store_columns(float* y, const Vec (&values)[2], int columns, bool on
 // Fetches blocks of `Later` into the second-level cache, a line at each call; once they are through, lines from a place given.
 class LaterLines {
  public:
-  INLINE LaterLines(const Later& later, const char* instead) : block_(later.blocks), end_(later.blocks + later.count), line_(instead) {}
+  INLINE LaterLines(const Later& later, const char* instead)
+      : from_(later.from), block_(later.blocks), end_(later.blocks + later.count), line_(instead) {}
   INLINE void fetch(const char* instead) {
-    if (left_ == 0) line_ = block_ < end_ ? *block_++ : instead, left_ = kLaterLines;
+    if (left_ == 0) line_ = block_ < end_ ? from_ + *block_++ : instead, left_ = kLaterLines;
     _mm_prefetch(line_, _MM_HINT_T1);
     line_ += 64, --left_;
   }
 
  private:
-  const char *const *block_, *const *end_;
+  const char* from_;
+  const int64_t *block_, *end_;
   const char* line_;
   int64_t left_ = 0;
 };
 
-// R rows of a panel, two vectors of columns at a time. k and stride count values of X. Meanwhile the weights that come next are
-// fetched into the second-level cache, `next_step` bytes a step, so that memory never waits for arithmetic, and the places of the
-// results into the first: a product of many rows and columns is larger than a cache.
+// Weights that come next are fetched into the second-level cache, so that memory never waits for arithmetic.
+INLINE void fetch_step(const char* next) {
+  for (int at = 0; at < kPanel * 4; at += 64) _mm_prefetch(next + at, _MM_HINT_T1);
+}
+
+// R rows of a panel. k and stride count values of X. Meanwhile what comes next is fetched, `next_step` bytes a step, and the places of the
+// results into the first-level cache: a product of many rows and columns is larger than a cache.
 template <typename Step, int R, bool kLater>
 void tile(const typename Step::X* x, const typename Step::W* w, const Update& update, float* y, int64_t k, int64_t y_stride,
           int columns, bool onto, const char* next, int64_t next_step, const Later& later) {
   LaterLines lines(later, next);
-  for (int column = 0; column < columns; column += 2 * kWidth) {
-    Vec acc[R][2];
+  Vec acc[R][2];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      acc[r][0] = acc[r][1] = zero();
-      __builtin_prefetch(y + r * y_stride + column, 1);
-      __builtin_prefetch(y + r * y_stride + column + kWidth, 1);
-    }
-    const typename Step::W* weights = w + column;
-    int64_t i = 0;
-    for (; i + Step::kDepth <= k; i += Step::kDepth, weights += kPanel, next += next_step) {
-      _mm_prefetch(next, _MM_HINT_T1);
-      _mm_prefetch(next + 64, _MM_HINT_T1);
-      if constexpr (kLater) lines.fetch(next);
-      Step::step(x + i, k, weights, acc);
-    }
-    if (i < k) Step::rest(x + i, k, weights, acc);
-    for (int64_t j = 0; j < update.ranks; ++j) {
-      const float* b = update.b + j * kPanel + column;
-      multiply_add(update.h + j, update.ranks, load(b), load(b + kWidth), acc);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) store_columns(y + r * y_stride + column, acc[r], columns - column, onto);
+  for (int r = 0; r < R; ++r) {
+    acc[r][0] = acc[r][1] = zero();
+    __builtin_prefetch(y + r * y_stride, 1);
+    __builtin_prefetch(y + r * y_stride + kWidth, 1);
   }
+  int64_t i = 0;
+  for (; i + Step::kDepth <= k; i += Step::kDepth, w += kPanel, next += next_step) {
+    fetch_step(next);
+    if constexpr (kLater) lines.fetch(next);
+    Step::step(x + i, k, w, acc);
+  }
+  if (i < k) Step::rest(x + i, k, w, acc);
+  for (int64_t j = 0; j < update.ranks; ++j) {
+    const float* b = update.b + j * kPanel;
+    multiply_add(update.h + j, update.ranks, load(b), load(b + kWidth), acc);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) store_columns(y + r * y_stride, acc[r], columns, onto);
 }
 
 // body(rows as a constant), for a number of rows up to R.
@@ -149,10 +151,14 @@ struct Tile {
   Later later;
 };
 
+INLINE int64_t panels(int64_t n) {
+  return (n + kPanel - 1) / kPanel;
+}
+
 // Share i of n.
 INLINE Later share(const Later& later, int64_t i, int64_t n) {
   const int64_t first = later.count * i / n;
-  return {later.blocks + first, later.count * (i + 1) / n - first};
+  return {later.from, later.blocks + first, later.count * (i + 1) / n - first};
 }
 
 // body(tile) for items [begin, end) of y [m, n], in tiles of at most kRows rows. A panel has `bytes` and is read in so many steps.

@@ -17,7 +17,7 @@ ffi::Error linear(F32 x, ffi::AnyBuffer w, F32 scale, F32 onto, ffi::AnyBuffer b
   if (normed && (gated || scale.element_count() != static_cast<size_t>(k))) return bad("a norm takes x [m, k] and scale [k]");
   if (added && onto.typed_data() != y->typed_data()) return bad("the sum does not take the place of what is added to");
 
-  static thread_local AdapterWork work;
+  AdapterWork work;
   if (auto error = work.read({bank, start, row_slot, rank, a_offsets, b_offsets, columns, widths, ranks}, m, k, n); error.failure()) {
     return error;
   }

@@ -33,31 +33,31 @@ Forms form_for(const ffi::AnyBuffer& w) {
 ffi::Error multiply(const Rows& rows, const ffi::AnyBuffer& w, float* y, int64_t m, int64_t k, int64_t n, bool onto,
                     const Update& update, const Later& later) {
   const auto other_shape = [] { return bad("the weights were packed for another shape"); };
-  const int64_t groups = (k + kGroup - 1) / kGroup;
+  const int64_t groups = (k + kGroup - 1) / kGroup, panel = active->panel, group_bytes = panel * kGroupBytes;
   switch (w.element_type()) {
     case ffi::F32: {
-      if (!is_packed(w, n, k, kPanel)) return other_shape();
+      if (!is_packed(w, n, k, panel)) return other_shape();
       const Linear a{rows.plain, w.untyped_data(), y, m, k, n, onto, update, later};
-      share(a.w, kPanel * k * 4, m, n, [&](int64_t begin, int64_t end) { active->linear_f32(a, begin, end); });
+      share(a.w, panel * k * 4, m, n, [&](int64_t begin, int64_t end) { active->linear_f32(a, begin, end); });
       break;
     }
     case ffi::U32: {
-      if (!is_packed(w, n, (k + 1) / 2, kPanel)) return other_shape();
+      if (!is_packed(w, n, (k + 1) / 2, panel)) return other_shape();
       const Linear a{rows.of_bf16(), w.untyped_data(), y, m, k, n, onto, update, later};
-      share(a.w, kPanel * k * 2, m, n, [&](int64_t begin, int64_t end) { active->linear_bf16(a, begin, end); });
+      share(a.w, panel * k * 2, m, n, [&](int64_t begin, int64_t end) { active->linear_bf16(a, begin, end); });
       break;
     }
     case ffi::F16: {
       if (!active->linear_f16) return bad(std::string("weights packed as float16 can't be read by ") + active->name);
-      if (!is_packed(w, n, k, kPanel)) return other_shape();
+      if (!is_packed(w, n, k, panel)) return other_shape();
       const LinearF16 a{rows.halves, rows.scales, static_cast<const uint16_t*>(w.untyped_data()), y, m, k, n, onto};
-      share(a.w, kPanel * k * 2, m, n, [&](int64_t begin, int64_t end) { active->linear_f16(a, begin, end); }, 2);
+      share(a.w, panel * k * 2, m, n, [&](int64_t begin, int64_t end) { active->linear_f16(a, begin, end); }, 2);
       break;
     }
     case ffi::U8: {
-      if (!is_packed(w, n, groups, kGroupBytes)) return other_shape();
+      if (!is_packed(w, n, groups, group_bytes)) return other_shape();
       const LinearI8 a{rows.quantized, rows.scales, rows.offsets, static_cast<const uint8_t*>(w.untyped_data()), y, m, groups, n, onto, later};
-      share(a.w, groups * kGroupBytes, m, n, [&](int64_t begin, int64_t end) { active->linear_i8(a, begin, end); });
+      share(a.w, groups * group_bytes, m, n, [&](int64_t begin, int64_t end) { active->linear_i8(a, begin, end); });
       break;
     }
     default: return bad("weights are packed as float32, float16, pairs of bfloat16 or bytes");

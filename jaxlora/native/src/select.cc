@@ -59,6 +59,11 @@ extern "C" const char* jaxlora_select(const char* wanted) {
   return "";
 }
 
+// Columns of a panel of packed weights, for the instruction set that was taken.
+extern "C" int jaxlora_panel() {
+  return jaxlora::active->panel;
+}
+
 extern "C" int jaxlora_threads() {
   return jaxlora::Pool::instance().threads();
 }

@@ -187,6 +187,8 @@ INLINE Vec sums(const Vec (&rows)[8]) {
 
 #endif
 
+constexpr int kPanel = 2 * kWidth;  // columns of a panel of packed weights: it is read as one stream
+
 INLINE Vec load_value(const float* p) {
   return load(p);
 }
