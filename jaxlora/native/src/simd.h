@@ -154,8 +154,9 @@ INLINE Vec even_bf16(const uint32_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
 }
 INLINE Vec odd_bf16(const uint32_t* p) {
-  __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  // By shifts, as a mask would take a register that sums of 6 rows need.
+  __m256i odd = _mm256_srli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(odd, 16));
 }
 INLINE Vec load_int8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
