@@ -92,7 +92,7 @@ class Plans {
   // Sets `plan`.
   ffi::Error find(const Adapters& a, int64_t m, int64_t k, int64_t n, const AdapterPlan** plan) {
     describe(a, m, k, n, &wanted_);
-    const auto found = std::find_if(plans_.begin(), plans_.end(), [&](const AdapterPlan& plan) { return plan.made_of == wanted_; });
+    const auto found = std::find_if(plans_.begin(), plans_.end(), [&](const AdapterPlan& each) { return each.made_of == wanted_; });
     if (found != plans_.end()) {
       *plan = &*found;
       return ffi::Error::Success();
