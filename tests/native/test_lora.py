@@ -132,8 +132,8 @@ def test_slots_and_modules_outside_of_the_bank_are_refused(kernels: native.Kerne
     ]:
         with pytest.raises(Exception, match=message):
             jax.block_until_ready(lora(kernels, y, x, bank, jnp.int32([slot]), (module,), ranks))
-    far = native.LoraRows(bank, START + 1, jnp.int32([0]), RANKS, modules, MAX_RANK), native.LoraRows(bank, -START, jnp.int32([0]), RANKS, modules, MAX_RANK)
-    for adapters in far:
+    for start in (START + 1, -START):
+        adapters = native.LoraRows(bank, start, jnp.int32([0]), RANKS, modules, MAX_RANK)
         with pytest.raises(Exception, match="outside of the bank"):
             jax.block_until_ready(kernels.linear(x, kernels.pack_linear(np.zeros((16, 32), np.float32)), onto=y, adapters=adapters))
     for slots, module, message in (([-1], modules[0]._replace(b=bank.shape[1]), "outside of the bank"), ([-1, -1], modules[0], "one number a row")):
