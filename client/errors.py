@@ -59,7 +59,8 @@ def from_rpc(error: grpc.RpcError, url: str) -> ServingError:
     if _RESTRICTED.match(details):
         return AccessDenied(f"{url} wants its key for that: set ADMIN_KEY to the one that the server was started with")
     if code == grpc.StatusCode.UNAVAILABLE and not _MISSING_MODEL.match(details):
-        return ServerUnreachable(f"no server answers at {url} (is it running? `make serve` starts one)")
+        reason = details.rpartition(": ")[2].rstrip("]")  # gRPC's own words, without what it went through to get there
+        return ServerUnreachable(f"no server answers at {url}: {reason or 'no reason given'} (is it running? `make serve` starts one)")
     return from_text(details or str(code))
 
 

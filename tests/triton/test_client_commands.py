@@ -141,7 +141,7 @@ def test_no_server_is_one_line(arguments):
         cwd=repository.PROJECT,
     )
     assert done.returncode == 1 and done.stdout.strip() == ""
-    assert re.fullmatch(rf"error: no server answers at 127.0.0.1:{port} .*make serve.*\n", done.stderr)
+    assert re.fullmatch(rf"error: no server answers at 127.0.0.1:{port}: .*[Rr]efused.* \(is it running\? `make serve`.*\n", done.stderr)
 
 
 class Terminal:
