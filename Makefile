@@ -52,6 +52,10 @@ NOT_NEXT := triton test_bench*.py test_docker.py test_server.py test_model_confi
 test-next: $(NEXT) ## run the library's tests on the newest JAX and NumPy 2
 	@.venv-next/bin/python -m pytest $(NOT_NEXT:%=--ignore-glob='tests/%') $(ARGS)
 
+.PHONY: test-emulated
+test-emulated: $(SERVE) ## run the kernels' tests for AVX-512 on a CPU that lacks it, in software (minutes)
+	@EMULATE_AVX512=1 .venv/bin/python -m pytest tests/native $(ARGS)
+
 .PHONY: test-docker
 test-docker: ## hold the container's files to the tools that read them; needs no Docker engine
 	@docker/check.sh

@@ -10,6 +10,10 @@ import tests.kernels
 from jaxlora import native
 from jaxlora.native import build
 
+from . import emulation
+
+emulation.where_asked()
+
 ISAS = ("avx512fp16", "avx512bf16", "avx512", "avx2")
 
 

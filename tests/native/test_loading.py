@@ -89,7 +89,8 @@ def test_threads_do_not_change_a_bit(kernels: native.Kernels, build_dir: pathlib
     program = f"""
 import sys, numpy as np, jax.numpy as jnp
 from jaxlora import native
-from jaxlora.native import build
+from tests.native import emulation
+emulation.where_asked()
 kernels = native.load({str(build_dir)!r}, {kernels.isa!r})
 x, w = (np.random.default_rng(i).standard_normal(s, np.float32) for i, s in enumerate([(33, 100), (100, 2000)]))
 print(kernels.threads, hash(np.asarray(kernels.linear(x, kernels.pack_linear(jnp.asarray(w, jnp.bfloat16)))).tobytes()))
