@@ -59,6 +59,8 @@ class Replies:
         self._open_rows = rows
         self._handles: list[Handle] = []
         self._lock = threading.Lock()
+        # The last response deletes what Triton looks at when it is asked whether the client went away: at the same time, the server crashes.
+        self._asking = threading.Lock()
         self._queued = self._ready = False
         self._error: ServingError | None = None
         self.closed = False
@@ -80,8 +82,9 @@ class Replies:
             handle.cancel()
 
     def cancelled(self) -> bool:
-        """Whether the client went away."""
-        return self._response_sender.is_cancelled()
+        """Whether the client went away before its last response was sent."""
+        with self._asking:
+            return not self.closed and self._response_sender.is_cancelled()
 
     def progressed(self) -> None:
         if self._stream:
@@ -125,10 +128,12 @@ class Replies:
                 return
             pieces = [row.take() for row in self._rows]
         if error is not None:
-            backend.send_error(self._response_sender, error)
+            with self._asking:
+                backend.send_error(self._response_sender, error)
         elif ready:
             response = final_response(pieces, [row.ending for row in self._rows])
-            self._response_sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            with self._asking:
+                self._response_sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         elif pieces[0]:
             self._response_sender.send(partial_response(pieces[0]))
 
@@ -238,5 +243,5 @@ class Watcher:
                 self._open = {replies for replies in self._open if not replies.closed}
                 watched = list(self._open)
             for replies in watched:
-                if not replies.closed and replies.cancelled():
+                if replies.cancelled():
                     replies.cancel()

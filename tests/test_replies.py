@@ -1,0 +1,67 @@
+"""The last response of a request and the question whether its client went away, with an object of Triton that does not bear both at once."""
+
+import importlib.util
+import sys
+import threading
+import types
+
+import pytest
+
+from jaxlora.errors import EngineError
+from jaxlora.service.answers import Ending
+from server.repository import PROJECT
+
+
+class ResponseSender:
+    """Holds the question open until it may be answered."""
+
+    def __init__(self):
+        self.events: list[str] = []
+        self.asked, self.answer = threading.Event(), threading.Event()
+
+    def is_cancelled(self) -> bool:
+        self.events.append("asked")
+        self.asked.set()
+        assert self.answer.wait(10)
+        self.events.append("answered")
+        return False
+
+    def send(self, response, flags=0) -> None:
+        self.events.append("last" if flags else "sent")
+
+
+@pytest.fixture
+def replies(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    fake = types.ModuleType("triton_python_backend_utils")
+    fake.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
+    fake.Tensor = fake.TritonError = lambda *values: values
+    fake.TritonError.INTERNAL = fake.TritonError.UNAVAILABLE = 0
+    fake.InferenceResponse = lambda *values, **named: values
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake)
+    spec = importlib.util.spec_from_file_location("replies_under_test", PROJECT / "model_repository/jax_lora/1/replies.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Triton loads a model again whose folder changes
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_last_response_waits_for_the_question_and_none_comes_after_it(replies, fails):
+    sender, queue = ResponseSender(), types.SimpleNamespace(enqueue=lambda each: None)
+    reply = replies.Replies(sender, queue, 1, True)
+    asking = threading.Thread(target=reply.cancelled)
+    asking.start()
+    assert sender.asked.wait(10)
+    if fails:
+        reply.failed(EngineError("no more"))
+    else:
+        reply._rows[0].end(Ending("", "length", 1, 1, "", 0, {}))
+    flushing = threading.Thread(target=reply.flush)
+    flushing.start()
+    flushing.join(0.2)
+    assert sender.events == ["asked"]
+    sender.answer.set()
+    asking.join(10)
+    flushing.join(10)
+    assert sender.events == ["asked", "answered", "last"]
+    assert not reply.cancelled() and sender.events[-1] == "last"
