@@ -1,9 +1,10 @@
-"""The last response of a request and the question whether its client went away, with an object of Triton that does not bear both at once."""
+"""The last response of a request: it excludes the question whether the client went away, and leaves nothing in Triton's shared memory."""
 
 import importlib.util
 import sys
 import threading
 import types
+import weakref
 
 import pytest
 
@@ -65,3 +66,30 @@ def test_the_last_response_waits_for_the_question_and_none_comes_after_it(replie
     flushing.join(10)
     assert sender.events == ["asked", "answered", "last"]
     assert not reply.cancelled() and sender.events[-1] == "last"
+
+
+@pytest.mark.parametrize("ends", ["finished", "failed", "refused"])
+def test_what_lies_in_shared_memory_goes_with_the_last_response(replies, ends):
+    def refuse(row):
+        raise EngineError("not today")
+
+    sender, queue = ResponseSender(), types.SimpleNamespace(enqueue=lambda each: None)
+    alive = weakref.ref(sender)
+    reply = replies.Replies(sender, queue, 1, True)
+    del sender
+    if ends == "refused":
+        with pytest.raises(EngineError):
+            reply.start([refuse])
+    elif ends == "failed":
+        reply.failed(EngineError("no more"))
+    else:
+        reply._rows[0].end(Ending("", "length", 1, 1, "", 0, {}))
+    reply.flush()
+    assert alive() is None and reply.closed and not reply.cancelled()
+
+
+def test_a_closed_sender_keeps_no_tensor(replies):
+    first = replies._unfinished()
+    assert replies._unfinished() is first
+    replies.Sender(0.0).close()
+    assert replies._unfinished() is not first

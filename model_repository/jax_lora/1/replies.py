@@ -4,6 +4,7 @@ The engine's thread only leaves pieces here. One thread sends them, since a resp
 would lose; where there are many streams, or one has fallen behind, it gets several tokens in one response (`server.pacing`). Another thread looks for clients that went away.
 """
 
+import functools
 import json
 import queue
 import threading
@@ -72,7 +73,7 @@ class Replies:
                 self._handles.append(start(row))
         except ServingError:
             with self._lock:
-                self.closed = True
+                self.closed, self._response_sender = True, None
             self.cancel()
             raise
 
@@ -122,25 +123,28 @@ class Replies:
             if self.closed:
                 return
             self._queued = False
-            error, ready = self._error, self._ready
-            self.closed = error is not None or ready
-            if not (self._stream or self.closed):  # an answer in one piece is not complete yet
+            error = self._error
+            last = self.closed = error is not None or self._ready
+            if not (self._stream or last):  # an answer in one piece is not complete yet
                 return
-            pieces = [row.take() for row in self._rows]
-        if error is not None:
-            with self._asking:
-                backend.send_error(self._response_sender, error)
-        elif ready:
-            response = final_response(pieces, [row.ending for row in self._rows])
-            with self._asking:
-                self._response_sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        elif pieces[0]:
-            self._response_sender.send(partial_response(pieces[0]))
+            pieces, response_sender = [row.take() for row in self._rows], self._response_sender
+        if not last:
+            if pieces[0]:
+                response_sender.send(partial_response(pieces[0]))
+            return
+        with self._asking:
+            # It holds shared memory, and crashes the process if it outlives that when the model ends.
+            self._response_sender = None
+            if error is not None:
+                backend.send_error(response_sender, error)
+            else:
+                response = final_response(pieces, [row.ending for row in self._rows])
+                response_sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def partial_response(pieces: list[Piece]) -> Any:
     """A response in the middle of a stream: only what the client needs now."""
-    tensors = [_strings("text_output", ["".join(piece.text for piece in pieces)]), _strings("finish_reason", [""])]
+    tensors = [_strings("text_output", ["".join(piece.text for piece in pieces)]), _unfinished()]
     if pieces[0].logprobs:
         tensors.append(_strings("logprobs", [logprobs_json(pieces)]))
     return pb_utils.InferenceResponse(tensors)
@@ -163,6 +167,12 @@ def final_response(pieces: list[list[Piece]], endings: list[Ending]) -> Any:
     if any(piece.logprobs for row in pieces for piece in row):
         tensors.append(_strings("logprobs", [logprobs_json(row) for row in pieces]))
     return pb_utils.InferenceResponse(tensors)
+
+
+@functools.cache
+def _unfinished() -> Any:
+    """The same tensor in all of them, as making one takes about as long as sending a response. It holds shared memory: see `flush`."""
+    return _strings("finish_reason", [""])
 
 
 def _strings(name: str, values: list[str]) -> Any:
@@ -193,6 +203,7 @@ class Sender:
         """Sends what is queued, then ends the thread."""
         self._queue.put(None)
         self._thread.join()
+        _unfinished.cache_clear()
 
     def _run(self) -> None:
         while True:
