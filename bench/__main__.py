@@ -21,7 +21,7 @@ from bench.gguf_files import NoGguf, write_adapter, write_model
 from bench.session import Session
 from bench.worker import GREEDY, DriverFailed
 from bench.workloads import MIXES, PRECISIONS, Prompts, rows
-from jaxlora import huge_pages
+from jaxlora import allocator
 from jaxlora.checkpoint import resolve
 from jaxlora.config import ModelConfig
 from jaxlora.settings import Settings
@@ -43,7 +43,7 @@ def main() -> None:
     say("preparing adapters")
     prepared = adapters.prepare(cache, config, settings, adapters.sixteen())
     say("measuring the machine")
-    environ = huge_pages.environment(os.environ)  # as the systems have it
+    environ = allocator.environment(os.environ)  # as the systems have it
     limits = json.loads(subprocess.run([sys.executable, "-m", "bench.machine"], cwd=PROJECT, capture_output=True, check=True, text=True, env=environ).stdout)
     results: dict[str, Any] = {
         "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "command": " ".join(sys.argv[1:]), "commit": commit(),

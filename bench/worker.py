@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from bench import processes
-from jaxlora import huge_pages
+from jaxlora import allocator
 
 GREEDY = {"temperature": 0.0}
 START_TIMEOUT_S = 900.0
@@ -116,7 +116,7 @@ class Worker:
         self._log = log_path.open("ab")
         self._process = subprocess.Popen(
             [python, "-m", module], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-            env=huge_pages.environment({**os.environ, **(environ or {})}), text=True,
+            env=allocator.environment({**os.environ, **(environ or {})}), text=True,
         )
         self.pid = self.driver_pid = self._process.pid
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()

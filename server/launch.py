@@ -19,7 +19,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Mapping
 
-from jaxlora import huge_pages
+from jaxlora import allocator
 from jaxlora.settings import Settings
 from server import access, installation, repository
 from server.lifeline import Lifeline
@@ -247,7 +247,7 @@ class TritonServer:
         return [*command, *self._arguments]
 
     def _environment(self, found: installation.Installation) -> dict[str, str]:
-        environment = huge_pages.environment({**self._environ, **self.settings.environment(), **self._lifeline.environment})
+        environment = allocator.environment({**self._environ, **self.settings.environment(), **self._lifeline.environment})
         environment.pop("AIP_MODE", None)  # it would open Vertex AI's routes, which ask for no key
         before = {
             "PATH": [pathlib.Path(sys.prefix, "bin")],  # the Python backend takes its packages from the first python3 there

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from client import Client, ServerUnreachable
-from jaxlora import huge_pages
+from jaxlora import allocator
 from jaxlora.errors import ServingError
 from jaxlora.files import replace
 from training import sft
@@ -97,5 +97,5 @@ def _show(url: str) -> None:
 
 
 if __name__ == "__main__":
-    huge_pages.restart()
+    allocator.restart()
     sys.exit(main())

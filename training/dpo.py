@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlora import huge_pages
+from jaxlora import allocator
 from jaxlora.lora import Adapter
 from training import pairs
 from training.batches import Batches
@@ -142,5 +142,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    huge_pages.restart()
+    allocator.restart()
     sys.exit(main())

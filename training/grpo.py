@@ -14,7 +14,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from jaxlora import huge_pages
+from jaxlora import allocator
 from training.answers import engine_dtype, open_sampler
 from training.data import Encoder
 from training.groups import Groups, HeldOutRewards, Judge, Plan, Prompt, length_buckets
@@ -159,5 +159,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    huge_pages.restart()
+    allocator.restart()
     sys.exit(main())

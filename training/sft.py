@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from jaxlora import huge_pages
+from jaxlora import allocator
 from training.losses.sft import sft
 from training.method import Method
 from training.options import Options, option
@@ -36,5 +36,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    huge_pages.restart()
+    allocator.restart()
     sys.exit(main())

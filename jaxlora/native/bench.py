@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import huge_pages, native
+from jaxlora import allocator, native
 from jaxlora.config import Rope
 from jaxlora.int8 import quantize
 from jaxlora.int8_size import WEIGHT_BYTES
@@ -239,5 +239,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    huge_pages.restart()
+    allocator.restart()
     main()

@@ -6,7 +6,21 @@ void project_rows(const float* x, const float* w, float* y, int64_t k, int64_t c
   product<false>(end - begin, x + begin * k, k, 1, w, columns, y + begin * columns, columns, k, columns);
 }
 
-// Columns [begin, end) of y [ranks, n] = h^T @ x for h [m, ranks] and x [m, n].
+// Columns [begin, end) of y [ranks, n] = h^T @ x for h [m, ranks] and x [m, n]. Rows of x lie far apart, often in the same sets of a cache,
+// and are read for every tile of ranks: some at a time are copied together.
 void project_columns(const float* h, const float* x, float* y, int64_t m, int64_t ranks, int64_t n, int64_t begin, int64_t end) {
-  product<false>(ranks, h, 1, ranks, x + begin, n, y + begin, n, m, end - begin);
+  constexpr int64_t kRows = 64, kColumns = 64;
+  alignas(64) float part[kRows * kColumns];
+  for (int64_t column = begin; column < end; column += kColumns) {
+    const int64_t columns = end - column < kColumns ? end - column : kColumns;
+    for (int64_t row = 0; row < m; row += kRows) {
+      const int64_t rows = m - row < kRows ? m - row : kRows;
+      for (int64_t i = 0; i < rows; ++i) {
+        const float* from = x + (row + i) * n + column;
+        fetch(from + kRows * n, columns);
+        for (int64_t c = 0; c < columns; c += kWidth) store(part + i * kColumns + c, load(from + c));
+      }
+      (row ? product<true> : product<false>)(ranks, h + row * ranks, 1, ranks, part, kColumns, y + column, n, rows, columns);
+    }
+  }
 }

@@ -12,6 +12,7 @@ INLINE void product_tile(const float* x, int64_t row, int64_t step, const float*
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) acc[r][v] = kAdd ? load(y + r * y_stride + v * kWidth) : zero();
+#pragma GCC unroll kUnroll
   for (int64_t i = 0; i < depth; ++i) {
     Vec columns[V];
     for (int v = 0; v < V; ++v) columns[v] = load(w + i * w_stride + v * kWidth);

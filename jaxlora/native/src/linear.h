@@ -104,6 +104,12 @@ INLINE void fetch_step(const char* next) {
   for (int at = 0; at < kPanel * 4; at += 64) _mm_prefetch(next + at, _MM_HINT_T1);
 }
 
+// The same for kUnroll steps, each of so many bytes: a line is enough beside many tiles.
+INLINE void fetch_steps(const char* next, int64_t next_step) {
+  fetch_step(next);
+  for (int64_t at = kPanel * 4; kUnroll > 1 && at < kUnroll * next_step; at += kPanel * 4) fetch_step(next + at);
+}
+
 // R rows of a panel. k and stride count values of X. Meanwhile what comes next is fetched, `next_step` bytes a step, and the places of the
 // results into the first-level cache: a product of many rows and columns is larger than a cache.
 template <typename Step, int R, bool kLater>
@@ -117,8 +123,17 @@ void tile(const typename Step::X* x, const typename Step::W* w, const Update& up
     __builtin_prefetch(y + r * y_stride, 1);
     __builtin_prefetch(y + r * y_stride + kWidth, 1);
   }
+  constexpr int kAtOnce = kUnroll * Step::kDepth;
   int64_t i = 0;
-  for (; i + Step::kDepth <= k; i += Step::kDepth, w += kPanel, next += next_step) {
+  for (; i + kAtOnce <= k; i += kAtOnce, next += kUnroll * next_step) {
+    fetch_steps(next, next_step);
+#pragma GCC unroll 8
+    for (int j = 0; j < kAtOnce; j += Step::kDepth, w += kPanel) {
+      if constexpr (kLater) lines.fetch(next);
+      Step::step(x + i + j, k, w, acc);
+    }
+  }
+  for (; kUnroll > 1 && i + Step::kDepth <= k; i += Step::kDepth, w += kPanel, next += next_step) {
     fetch_step(next);
     if constexpr (kLater) lines.fetch(next);
     Step::step(x + i, k, w, acc);

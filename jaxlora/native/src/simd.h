@@ -10,6 +10,7 @@
 using Vec = __m512;
 constexpr int kWidth = 16;
 constexpr int kTileRows = 14;  // 14 rows x 2 vectors of sums + 2 of weights + 1 of x fill the 32 registers
+constexpr int kUnroll = 1;     // steps along k that a loop makes at once: here arithmetic alone fills the cycles
 
 INLINE Vec zero() {
   return _mm512_setzero_ps();
@@ -100,6 +101,7 @@ INLINE Vec sums(const Vec (&rows)[16]) {
 using Vec = __m256;
 constexpr int kWidth = 8;
 constexpr int kTileRows = 6;  // 6 rows x 2 vectors of sums + 2 of weights + 1 of x, of 16 registers
+constexpr int kUnroll = 8;    // steps along k that a loop makes at once: beside so few sums, counters and fetches would cost a tenth
 
 INLINE Vec zero() {
   return _mm256_setzero_ps();
