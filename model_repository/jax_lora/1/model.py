@@ -12,7 +12,7 @@ from jaxlora.service.fields import INPUT_IDS, merge_fields
 from jaxlora.service.plan import Plan
 from jaxlora.service.request_log import RequestLog
 from jaxlora.service.service import LoraService
-from server import backend, lifeline
+from server import backend, garbage, lifeline
 from server.metrics_channel import Sender as MetricsSender
 
 
@@ -23,7 +23,8 @@ class TritonPythonModel:
         store = pathlib.Path(args["model_repository"]).parent / "adapters"
         self.name = args["model_name"]
         log = RequestLog(self.settings.request_log)
-        self.service = LoraService(self.settings, store, backend.progress, log=log, stopped=self._stopped)
+        with garbage.kept_from_start():
+            self.service = LoraService(self.settings, store, backend.progress, log=log, stopped=self._stopped)
         self.service.observer.registry.set("lora_engine_restarts", value=lifeline.restarts())
         self.sender, self.watcher = Sender(self.settings.stream_responses_per_s), Watcher()
         self.metrics = MetricsSender(self.service.observer.registry, self.service.state.record)
