@@ -12,7 +12,7 @@ from .arrays import DTYPES, normal, same_bits
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "m, k, n", [(1, 576, 960), (16, 64, 32), (3, 17, 33), (2, 1, 1), (15, 575, 100), (130, 48, 70), (29, 1536, 130), (0, 8, 8)]
+    "m, k, n", [(1, 576, 960), (16, 64, 32), (3, 17, 33), (2, 1, 1), (15, 575, 100), (130, 48, 70), (29, 1536, 130), (25, 4100, 20), (0, 8, 8)]
 )
 def test_linear_equals_its_twin(kernels: native.Kernels, dtype: str, m: int, k: int, n: int) -> None:
     x, w = normal(0, m, k), jnp.asarray(normal(1, k, n), dtype)

@@ -51,7 +51,7 @@ void product(int64_t rows, const float* x, int64_t row, int64_t step, const floa
   }
 }
 
-// What a thread works in, kept from one call to the next.
+// What a thread works in.
 struct CausalSpace {
   float *keys, *values;     // [d, width]: transposed, zeros beyond the sequence
   float *shares, *slopes;   // [kSteps, width]
@@ -64,21 +64,6 @@ struct CausalSpace {
     shares = values + d * width;
     slopes = shares + kSteps * width;
   }
-
- private:
-  struct Memory {
-    float* data = nullptr;
-    int64_t size = 0;
-    float* reserve(int64_t values) {
-      if (values > size) {
-        __builtin_free(data);
-        data = static_cast<float*>(__builtin_malloc(static_cast<size_t>(values) * sizeof(float)));
-        size = values;
-      }
-      return data;
-    }
-    ~Memory() { __builtin_free(data); }
-  };
 };
 
 // One sequence and key/value head of a call.

@@ -12,6 +12,7 @@ namespace JAXLORA_ISA {
 namespace {
 
 #include "simd.h"
+#include "memory.h"
 #include "linear.h"
 #include "halves.h"
 #include "int8.h"

@@ -17,6 +17,7 @@ struct F32 {
   using W = float;
   static constexpr int kDepth = 1;  // values of X that one step takes
   static constexpr int kRows = kTileRows;
+  static constexpr int kAtOnce = kUnroll;  // steps that a loop makes at once
   template <int R>
   static INLINE void step(const X* x, int64_t stride, const W* w, Vec (&acc)[R][2]) {
     multiply_add(x, stride, load(w), load(w + kWidth), acc);
@@ -30,6 +31,7 @@ struct WideBf16 {
   using X = float;
   using W = uint32_t;
   static constexpr int kDepth = 2;
+  static constexpr int kAtOnce = 1;
   static constexpr int kRows = kTileRows - kTileRows / 14;  // the mask of the odd values takes the last of AVX-512's registers
   template <int R>
   static INLINE void step(const X* x, int64_t stride, const W* w, Vec (&acc)[R][2]) {
@@ -50,6 +52,7 @@ struct PairsBf16 {
   using W = uint32_t;
   static constexpr int kDepth = 1;
   static constexpr int kRows = kTileRows;
+  static constexpr int kAtOnce = 1;
   template <int R>
   static INLINE void step(const X* x, int64_t stride, const W* w, Vec (&acc)[R][2]) {
     __m512bh w0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w)),
@@ -104,10 +107,11 @@ INLINE void fetch_step(const char* next) {
   for (int at = 0; at < kPanel * 4; at += 64) _mm_prefetch(next + at, _MM_HINT_T1);
 }
 
-// The same for kUnroll steps, each of so many bytes: a line is enough beside many tiles.
+// The same for some steps, each of so many bytes: a line is enough beside many tiles.
+template <int kSteps>
 INLINE void fetch_steps(const char* next, int64_t next_step) {
   fetch_step(next);
-  for (int64_t at = kPanel * 4; kUnroll > 1 && at < kUnroll * next_step; at += kPanel * 4) fetch_step(next + at);
+  for (int64_t at = kPanel * 4; kSteps > 1 && at < kSteps * next_step; at += kPanel * 4) fetch_step(next + at);
 }
 
 // R rows of a panel. k and stride count values of X. Meanwhile what comes next is fetched, `next_step` bytes a step, and the places of the
@@ -123,17 +127,17 @@ void tile(const typename Step::X* x, const typename Step::W* w, const Update& up
     __builtin_prefetch(y + r * y_stride, 1);
     __builtin_prefetch(y + r * y_stride + kWidth, 1);
   }
-  constexpr int kAtOnce = kUnroll * Step::kDepth;
+  constexpr int kValues = Step::kAtOnce * Step::kDepth;
   int64_t i = 0;
-  for (; i + kAtOnce <= k; i += kAtOnce, next += kUnroll * next_step) {
-    fetch_steps(next, next_step);
+  for (; i + kValues <= k; i += kValues, next += Step::kAtOnce * next_step) {
+    fetch_steps<Step::kAtOnce>(next, next_step);
 #pragma GCC unroll 8
-    for (int j = 0; j < kAtOnce; j += Step::kDepth, w += kPanel) {
+    for (int j = 0; j < kValues; j += Step::kDepth, w += kPanel) {
       if constexpr (kLater) lines.fetch(next);
       Step::step(x + i + j, k, w, acc);
     }
   }
-  for (; kUnroll > 1 && i + Step::kDepth <= k; i += Step::kDepth, w += kPanel, next += next_step) {
+  for (; Step::kAtOnce > 1 && i + Step::kDepth <= k; i += Step::kDepth, w += kPanel, next += next_step) {
     fetch_step(next);
     if constexpr (kLater) lines.fetch(next);
     Step::step(x + i, k, w, acc);
@@ -199,21 +203,25 @@ INLINE int columns_of(int64_t n, int64_t panel) {
   return static_cast<int>(n - panel * kPanel < kPanel ? n - panel * kPanel : kPanel);
 }
 
+// A tile of which x and k count values of X; `panel` are its weights.
+template <typename Step>
+INLINE void multiply_tile(const Linear& a, const Tile& t, int64_t k, const typename Step::W* panel, int64_t next_step) {
+  const auto* x = static_cast<const typename Step::X*>(a.x) + t.row * k;
+  const Update update{a.update.h + t.row * a.update.ranks, a.update.b + t.panel * a.update.ranks * kPanel, a.update.ranks};
+  with_rows<Step::kRows>(t.rows, [&](auto rows) {
+    constexpr int R = decltype(rows)::value;
+    (a.later.count ? tile<Step, R, true> : tile<Step, R, false>)(x, panel, update, a.y + t.row * a.n + t.panel * kPanel, k, a.n,
+                                                                 columns_of(a.n, t.panel), a.onto, t.next, next_step, t.later);
+  });
+}
+
 // `k` counts values of X.
 template <typename Step>
 INLINE void linear(const Linear& a, int64_t k, int64_t begin, int64_t end) {
   const int64_t steps = (k + Step::kDepth - 1) / Step::kDepth, values = steps * kPanel;
-  const auto* x = static_cast<const typename Step::X*>(a.x);
   const auto* w = static_cast<const typename Step::W*>(a.w);
-  each_tile<Step::kRows>(a.m, a.n, w, values * sizeof *w, steps, a.later, begin, end, [&](const Tile& t) {
-    const Update update{a.update.h + t.row * a.update.ranks, a.update.b + t.panel * a.update.ranks * kPanel, a.update.ranks};
-    with_rows<Step::kRows>(t.rows, [&](auto rows) {
-      constexpr int R = decltype(rows)::value;
-      (a.later.count ? tile<Step, R, true> : tile<Step, R, false>)(x + t.row * k, w + t.panel * values, update,
-                                                                   a.y + t.row * a.n + t.panel * kPanel, k, a.n,
-                                                                   columns_of(a.n, t.panel), a.onto, t.next, t.next_step, t.later);
-    });
-  });
+  each_tile<Step::kRows>(a.m, a.n, w, values * sizeof *w, steps, a.later, begin, end,
+                         [&](const Tile& t) { multiply_tile<Step>(a, t, k, w + t.panel * values, t.next_step); });
 }
 
 void linear_f32(const Linear& a, int64_t begin, int64_t end) {
@@ -243,8 +251,35 @@ void round_rows(const float* x, uint16_t* rounded, int64_t k, int64_t row_begin,
 
 #else
 
+constexpr bool kWidens = kWidth == 8;
+constexpr int64_t kWidenedRows = 24, kWidenedBytes = 256 << 10;  // rows that pay for it, and a panel that the second-level cache holds
+
+// With many rows a panel is widened once, instead of by every tile: the same products in the same order.
+void linear_widened(const Linear& a, int64_t begin, int64_t end) {
+  const int64_t steps = (a.k + 1) / 2, values = steps * kPanel;
+  const auto* w = static_cast<const uint32_t*>(a.w);
+  thread_local Memory memory;
+  float* panel = memory.reserve(2 * values);
+  int64_t widened = -1;
+  each_tile<F32::kRows>(a.m, a.n, w, values * sizeof *w, steps, a.later, begin, end, [&](const Tile& t) {
+    if (t.panel != widened) {
+      for (int64_t i = 0; i < values; i += kWidth) {
+        const int64_t step = i / kPanel * kPanel;
+        store(panel + step + i, even_bf16(w + t.panel * values + i));
+        store(panel + step + i + kPanel, odd_bf16(w + t.panel * values + i));
+      }
+      widened = t.panel;
+    }
+    multiply_tile<F32>(a, t, a.k, panel, t.next_step / 2);
+  });
+}
+
 void linear_bf16(const Linear& a, int64_t begin, int64_t end) {
-  linear<WideBf16>(a, a.k, begin, end);
+  if (kWidens && a.m >= kWidenedRows && a.k * kPanel * 4 <= kWidenedBytes) {
+    linear_widened(a, begin, end);
+  } else {
+    linear<WideBf16>(a, a.k, begin, end);
+  }
 }
 
 constexpr auto round_rows = nullptr;
