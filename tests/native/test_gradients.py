@@ -86,6 +86,15 @@ def test_a_linear_layer_with_an_adapter_and_its_gradient(
     assert_close(ours, slopes(plain, x, a, b), 1e-2 if rounded else 2e-6)
 
 
+def test_an_adapter_that_no_row_used_has_no_gradient(kernels: native.Kernels) -> None:
+    w = jnp.asarray(normal(0, 576, 192))
+    packed, back = (native.pack_linear(side, kernels.panel) for side in (w, w.T))
+    function = lambda x, a, b: native.adapted_linear(x, packed, back, a, b, 0.7)
+    slopes(function, *(jnp.asarray(normal(at, *shape)) for at, shape in enumerate([(130, 576), (16, 576), (192, 16)])))  # memory that is not zero
+    _, (x, a, b) = slopes(function, jnp.zeros((0, 576)), jnp.asarray(normal(1, 16, 576)), jnp.asarray(normal(2, 192, 16)))
+    assert x.shape == (0, 576) and not a.any() and not b.any()
+
+
 def test_a_frozen_linear_layer_gives_the_same_bits_as_the_one_that_serves(kernels: native.Kernels) -> None:
     x, w = jnp.asarray(normal(0, 3, 5, 75)), jnp.asarray(normal(1, 75, 70))
     packed, back = (native.pack_linear(side, kernels.panel) for side in (w, w.T))

@@ -6,21 +6,20 @@ void project_rows(const float* x, const float* w, float* y, int64_t k, int64_t c
   product<false>(end - begin, x + begin * k, k, 1, w, columns, y + begin * columns, columns, k, columns);
 }
 
-// Columns [begin, end) of y [ranks, n] = h^T @ x for h [m, ranks] and x [m, n]. Rows of x lie far apart, often in the same sets of a cache,
+// A block of columns of y [ranks, n] = h^T @ x for h [m, ranks] and x [m, n]. Rows of x lie far apart, often in the same sets of a cache,
 // and are read for every tile of ranks: some at a time are copied together.
-void project_columns(const float* h, const float* x, float* y, int64_t m, int64_t ranks, int64_t n, int64_t begin, int64_t end) {
-  constexpr int64_t kRows = 64, kColumns = 64;
-  alignas(64) float part[kRows * kColumns];
-  for (int64_t column = begin; column < end; column += kColumns) {
-    const int64_t columns = end - column < kColumns ? end - column : kColumns;
-    for (int64_t row = 0; row < m; row += kRows) {
-      const int64_t rows = m - row < kRows ? m - row : kRows;
-      for (int64_t i = 0; i < rows; ++i) {
-        const float* from = x + (row + i) * n + column;
-        fetch(from + kRows * n, columns);
-        for (int64_t c = 0; c < columns; c += kWidth) store(part + i * kColumns + c, load(from + c));
-      }
-      (row ? product<true> : product<false>)(ranks, h + row * ranks, 1, ranks, part, kColumns, y + column, n, rows, columns);
+void project_columns(const float* h, const float* x, float* y, int64_t m, int64_t ranks, int64_t n, int64_t block) {
+  constexpr int64_t kRows = 64;
+  alignas(64) float part[kRows * kProjectedColumns];
+  const int64_t first = block * kProjectedColumns, columns = n - first < kProjectedColumns ? n - first : kProjectedColumns;
+  int64_t row = 0;
+  do {  // once without any rows, too: then y is zero
+    const int64_t rows = m - row < kRows ? m - row : kRows;
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* from = x + (row + i) * n + first;
+      fetch(from + kRows * n, columns);
+      for (int64_t c = 0; c < columns; c += kWidth) store(part + i * kProjectedColumns + c, load(from + c));
     }
-  }
+    (row ? product<true> : product<false>)(ranks, h + row * ranks, 1, ranks, part, kProjectedColumns, y + first, n, rows, columns);
+  } while ((row += kRows) < m);
 }

@@ -42,20 +42,19 @@ ffi::Error adapted_gradient(F32 x, F32 h, ffi::AnyBuffer w, F32 a, F32 b, F32 sl
   if (bs.size() != 2 || bs[0] != n || bs[1] != hs.back() || !fits(hs, a.dimensions(), m, k) || k % 16 || n % 16) {
     return bad("the update has another shape");
   }
-  const int64_t ranks = bs[1], block = 64, of_a = (k + block - 1) / block, of_b = (n + block - 1) / block;
+  const int64_t ranks = bs[1];
   auto* dh = static_cast<float*>(scratch.reserve(static_cast<size_t>(m * ranks) * sizeof(float)));
   project_rows(slope.typed_data(), b.typed_data(), dh, m, n, ranks);
   const Rows rows = prepare({slope.typed_data(), m, n}, form_for(w));
   if (auto error = multiply(rows, w, dx->typed_data(), m, n, k, false, {dh, a.typed_data(), ranks}); error.failure()) return error;
-  auto columns = [&](const float* rows, const float* from, float* to, int64_t width, int64_t begin, int64_t end) {
-    active->project_columns(rows, from, to, m, ranks, width, begin * block, end * block < width ? end * block : width);
-  };
-  Pool::instance().split(of_a + of_b, [&](int64_t begin, int64_t end) {
+  auto blocks = [](int64_t columns) { return (columns + kProjectedColumns - 1) / kProjectedColumns; };
+  const int64_t of_a = blocks(k);
+  Pool::instance().split(of_a + blocks(n), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i < of_a) {
-        columns(dh, x.typed_data(), da->typed_data(), k, i, i + 1);
+        active->project_columns(dh, x.typed_data(), da->typed_data(), m, ranks, k, i);
       } else {
-        columns(h.typed_data(), slope.typed_data(), db->typed_data(), n, i - of_a, i - of_a + 1);
+        active->project_columns(h.typed_data(), slope.typed_data(), db->typed_data(), m, ranks, n, i - of_a);
       }
     }
   });

@@ -149,9 +149,9 @@ struct Kernels {
   // Items of `linear` are (block of kRowBlock rows, panel), panels fastest.
   void (*linear_f32)(const Linear&, int64_t begin, int64_t end);
   void (*linear_bf16)(const Linear&, int64_t begin, int64_t end);
-  // Of rows and of columns; the number of columns and the range of them are multiples of 16.
+  // Of rows, and of a block of kProjectedColumns columns; the numbers of columns are multiples of 16.
   void (*project_rows)(const float* x, const float* w, float* y, int64_t k, int64_t columns, int64_t begin, int64_t end);
-  void (*project_columns)(const float* h, const float* x, float* y, int64_t m, int64_t ranks, int64_t n, int64_t begin, int64_t end);
+  void (*project_columns)(const float* h, const float* x, float* y, int64_t m, int64_t ranks, int64_t n, int64_t block);
   // Null where the instruction set lacks arithmetic on float16. Items as of the others.
   void (*halve_rows)(const float* x, uint32_t* halves, float* scales, int64_t k, int64_t row_begin, int64_t row_end);
   void (*linear_f16)(const LinearF16&, int64_t begin, int64_t end);
@@ -185,6 +185,7 @@ struct Kernels {
 constexpr int64_t kRowBlock = 128;     // rows of x that are kept in the cache while every panel passes over them
 constexpr int64_t kRankBlock = 8;      // ranks of A that one item reads
 constexpr int64_t kColumnBlock = 320;  // columns of B that one item reads
+constexpr int64_t kProjectedColumns = 64;
 constexpr int64_t kTileQueries = 48;   // queries (tokens times heads of a group) that share a pass over keys and values
 constexpr int64_t kMaxHead = 256;      // largest head dimension
 
