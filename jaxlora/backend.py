@@ -179,12 +179,12 @@ class NativePacking:
     groups = (QKV, ("o_proj",), GATE_UP, ("down_proj",))
 
     def dense(self, kernels: list[Array] | list[Int8], biases: list[Array | None]) -> PackedDense:
-        bias = None
+        axis, bias = 1 if isinstance(kernels[0], Int8) else 0, None  # that of the outputs
         if any(bias is not None for bias in biases):
-            parts = [jnp.zeros(kernel.shape[1]) if b is None else b.astype(jnp.float32) for kernel, b in zip(kernels, biases)]
+            parts = [jnp.zeros(kernel.shape[axis]) if b is None else b.astype(jnp.float32) for kernel, b in zip(kernels, biases)]
             bias = jnp.concatenate(parts)
-        joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *kernels) if len(kernels) > 1 else kernels[0]
-        return PackedDense(self.kernels.pack_linear(joined), bias)
+        joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis), *kernels) if len(kernels) > 1 else kernels[0]
+        return PackedDense(self.kernels.pack_linear(joined, transposed=True), bias)
 
     def activations(self, dtype: jnp.dtype) -> jnp.dtype:
         return jnp.dtype(jnp.float32)

@@ -5,7 +5,6 @@ Knows where a tensor of a checkpoint goes; knows nothing of the forward pass.
 
 import os
 import pathlib
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -13,11 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
-from safetensors import SafetensorError, safe_open
 
-from jaxlora.checkpoint.folder import WEIGHTS, weight_files
+from jaxlora.checkpoint.tensors import opened
 from jaxlora.config import OUTPUT_LAYER, ModelConfig
-from jaxlora.errors import SetupError
 from jaxlora.int8 import Int8, quantize
 
 
@@ -71,7 +68,7 @@ class Packing(Protocol):
     groups: tuple[tuple[str, ...], ...]
 
     def dense(self, kernels: list[Array] | list[Int8], biases: list[Array | None]) -> Any:
-        """One layer from the kernels `[in, out]` and biases of a group."""
+        """One layer from the kernels and biases of a group. Arrays are `[out, in]`, as in a checkpoint, `Int8` is `[in, out]`."""
 
     def activations(self, dtype: jnp.dtype) -> jnp.dtype:
         """The type of activations and norms for weights of that type."""
@@ -83,7 +80,8 @@ class PlainPacking:
     groups = (("q_proj",), ("k_proj",), ("v_proj",), ("o_proj",), ("gate_proj",), ("up_proj",), ("down_proj",))
 
     def dense(self, kernels: list[Array] | list[Int8], biases: list[Array | None]) -> Dense:
-        return Dense(kernels[0], biases[0])
+        (kernel,), (bias,) = kernels, biases
+        return Dense(kernel if isinstance(kernel, Int8) else kernel.T, bias)
 
     def activations(self, dtype: jnp.dtype) -> jnp.dtype:
         return dtype
@@ -122,71 +120,32 @@ def _norms(config: ModelConfig) -> list[str]:
 
 
 def load(
-    folder: str | pathlib.Path,
-    config: ModelConfig,
-    dtype: str = "float32",
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    packing: "Packing | None" = None,
-    int8: bool = False,
+    folder: str | pathlib.Path, config: ModelConfig, dtype: str = "float32", packing: Packing | None = None, int8: bool = False
 ) -> Weights:
-    """Reads a checkpoint (one file or sharded with an index) tensor by tensor, straight to the default device.
+    """Reads a checkpoint (one file or sharded with an index) layer by layer, straight to the default device.
 
     Arguments:
         folder: Hugging Face folder with `model.safetensors` or `model.safetensors.index.json`.
         dtype: `float32` or `bfloat16`, of the weights on the device.
-        progress: called with (tensors read, tensors in all).
         packing: how linear layers are laid out; by default each on its own, as XLA and training want them.
         int8: linear layers, the output layer too, become `Int8`; biases, norms and the table of embeddings stay of type `dtype`.
 
     Raises:
         SetupError: names every tensor that is missing, of a wrong shape or of a type that is not floating point.
     """
-    table = tensor_table(config)
-    tensors: dict[str, Array | Int8] = {}
-    problems: list[str] = []
-    for name, tensor in _tensors(pathlib.Path(folder), set(table), problems):
-        if tuple(tensor.shape) != table[name]:
-            problems.append(f"{name} has shape {list(tensor.shape)}, the config asks for {list(table[name])}")
-        elif not jnp.issubdtype(tensor.dtype, jnp.floating):
-            problems.append(f"{name} has type {tensor.dtype}; only floating-point checkpoints are supported")
-        else:
-            linear = tensor.ndim == 2 and name != "model.embed_tokens.weight"
-            tensors[name] = quantize(tensor.T) if linear and int8 else (tensor.T if linear else tensor).astype(dtype)
-        progress(len(tensors), len(table))
-    missing = [name for name in table if name not in tensors and not any(problem.startswith(name) for problem in problems)]
-    if missing:
-        shown = ", ".join(missing[:8])
-        problems.append(f"the checkpoint lacks {len(missing)} tensors: {shown}{' ...' if len(missing) > 8 else ''}")
-    if problems:
-        raise SetupError("\n".join(problems))
-    return _assemble(config, tensors, packing or PlainPacking(), int8)
+    packing, table = packing or PlainPacking(), tensor_table(config)
 
+    def tensor(name: str) -> Array | None:
+        return jnp.asarray(read(name).astype(dtype, copy=False)) if name in table else None
 
-def _tensors(folder: pathlib.Path, wanted: set[str], problems: list[str]) -> Iterator[tuple[str, Array]]:
-    try:
-        for file in weight_files(folder):
-            if file.parent != folder:
-                raise SetupError(f"the index names a file outside the model folder: {file.name!r}")
-            # One tensor at a time: the file is memory-mapped, so the host never holds a second copy of the model.
-            with safe_open(file, framework="flax") as shard:
-                for name in shard.keys():
-                    if name in wanted:
-                        yield name, shard.get_tensor(name)
-    except FileNotFoundError as error:
-        problems.append(f"{pathlib.Path(str(error.filename or WEIGHTS)).name} is missing from the model folder")
-    except (SafetensorError, KeyError, ValueError) as error:
-        problems.append(f"the checkpoint can't be read: {error}")
-
-
-def _assemble(config: ModelConfig, tensors: dict[str, Array | Int8], packing: Packing, int8: bool) -> Weights:
-    # Tensors leave `tensors` as they are packed, so that a packed and an unpacked model never lie in memory together.
     def dense(layer: int | None, names: tuple[str, ...]) -> Any:
         paths = [config.module_path(layer, name) for name in names]
-        return packing.dense([tensors.pop(f"{path}.weight") for path in paths], [tensors.pop(f"{path}.bias", None) for path in paths])
+        kernels = [quantize(read(f"{path}.weight").T) if int8 else tensor(f"{path}.weight") for path in paths]
+        return packing.dense(kernels, [tensor(f"{path}.bias") for path in paths])
 
     def norm(name: str) -> Array | None:
-        tensor = tensors.pop(f"{name}.weight", None)
-        return None if tensor is None else tensor.astype(packing.activations(tensor.dtype))
+        found = tensor(f"{name}.weight")
+        return None if found is None else found.astype(packing.activations(found.dtype))
 
     def layer(index: int) -> Layer:
         return Layer(
@@ -197,13 +156,13 @@ def _assemble(config: ModelConfig, tensors: dict[str, Array | Int8], packing: Pa
             k_norm=norm(f"model.layers.{index}.self_attn.k_norm"),
         )
 
-    def head() -> Any:
+    def head(embed: Array) -> Any:
         if not config.tied:
             return dense(None, (OUTPUT_LAYER,))
-        return packing.dense([quantize(embed.T) if int8 else embed.T], [None])
+        return packing.dense([quantize(embed.T) if int8 else embed], [None])
 
-    embed = tensors.pop("model.embed_tokens.weight")
-    with ThreadPoolExecutor(os.cpu_count()) as packers:
-        packed_head = packers.submit(head)
-        layers = tuple(packers.map(layer, range(config.num_layers)))
+    with opened(pathlib.Path(folder), table) as read, ThreadPoolExecutor(os.cpu_count()) as readers:
+        embed = tensor("model.embed_tokens.weight")
+        packed_head = readers.submit(head, embed)
+        layers = tuple(readers.map(layer, range(config.num_layers)))
         return Weights(embed, layers, norm("model.norm"), packed_head.result())

@@ -72,7 +72,7 @@ def test_every_fault_is_named_at_once(folder):
     text = str(caught.value)
     assert "lacks 2 tensors" in text and "model.norm.weight" in text and "model.layers.0.mlp.up_proj.weight" in text
     assert "lm_head.weight has shape [256, 5], the config asks for [256, 64]" in text
-    assert "model.layers.1.input_layernorm.weight has type int32" in text
+    assert "model.layers.1.input_layernorm.weight has type I32" in text
 
 
 def test_a_damaged_or_missing_file_is_said_to_be_so(folder):

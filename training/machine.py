@@ -68,7 +68,7 @@ class FrozenPacking:
 
     def dense(self, kernels: list[Array], biases: list[Array | None]) -> FrozenDense:
         (kernel,), (bias,) = kernels, biases
-        packed = native.pack_linear(kernel, self.panel), native.pack_linear(kernel.T, self.panel)
+        packed = native.pack_linear(kernel, self.panel, transposed=True), native.pack_linear(kernel, self.panel)
         return FrozenDense(*packed, None if bias is None else bias.astype(jnp.float32))
 
     def activations(self, dtype: jnp.dtype) -> jnp.dtype:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
+from jax.stages import Compiled, Lowered
 
 from jaxlora.backend import Backend
 from jaxlora.config import ModelConfig
@@ -70,6 +71,7 @@ class Program:
         self._rotation = rotation(config.rope, config.head_dim, jnp.arange(sizes.max_seq_len))
         self._step = jax.jit(self._trace, donate_argnames="state", static_argnames=("every_slot", "mixed"), compiler_options=backend.compiler_options or None)
         self._check = jax.jit(self._trace_guesses, donate_argnames="state", compiler_options=backend.compiler_options or None)
+        self._steps: dict[tuple[Any, ...], Compiled] = {}
         # Two programs: in one, XLA would copy the whole cache, since what is read lies in what is written.
         self._read = jax.jit(_read_positions, static_argnames="length")
         self._write = jax.jit(_write_positions, donate_argnames="state")
@@ -89,8 +91,10 @@ class Program:
     def run(self, batch: Batch) -> Sampled:
         """Reads the rows' tokens, stores their keys and values, and samples a next token for every row (with guesses, at every position);
         then the same with these, as often as `batch.emit` says. Waits for the result."""
-        step, arguments, static = self._call(batch, self.bank, self.state)
-        self.state, sampled = step(*arguments, **static)
+        shape = _shape(batch)
+        if shape not in self._steps:  # only where `warm_up` was left out
+            self._steps[shape] = self._lower(batch, self.bank, self.state).compile()
+        self.state, sampled = self._steps[shape](self._weights, self._rotation, self.bank, self.state, batch.packed)
         return sampling.unpack(np.asarray(sampled))
 
     def allocate(self) -> None:
@@ -154,39 +158,43 @@ class Program:
     def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
         """Allocates, and compiles every step. Rows are idle, so the state stays empty."""
         vocab = self.config.vocab_size
-        batches = {f"prefill x {length}": idle_batch(1, length, vocab) for length in self.chunk_lengths}
-        batches |= {f"mixed x {length}": idle_mixed_batch(self.sizes.slots, length, vocab) for length in self.mixed_lengths}
-        batches |= {f"decode x {rows}": idle_batch(rows, 1, vocab) for rows in self.batch_sizes}
-        batches |= {f"guesses x {rows}": idle_batch(rows, 1 + self.sizes.guesses, vocab, guessed=True) for rows in self.guess_sizes}
+        batches = {
+            "prefill": [idle_batch(1, length, vocab) for length in self.chunk_lengths],
+            "mixed": [idle_mixed_batch(self.sizes.slots, length, vocab) for length in self.mixed_lengths],
+            "decode": [idle_batch(rows, 1, vocab) for rows in self.batch_sizes],
+            "guesses": [idle_batch(rows, 1 + self.sizes.guesses, vocab, guessed=True) for rows in self.guess_sizes],
+        }
+        total = sum(map(len, batches.values()))
         bank, state = jax.eval_shape(self._new_bank), jax.eval_shape(self._new_state)
         # Memory is cleared, and XLA compiles or reads what it compiled before, in other threads while Python traces the next step.
         with ThreadPoolExecutor(1) as allocator, ThreadPoolExecutor(os.cpu_count()) as compilers:
-            working = [allocator.submit(self.allocate)]
-            for number, (name, batch) in enumerate(batches.items(), 1):
-                progress(f"compiling {name} ({number}/{len(batches)})")
-                step, arguments, static = self._call(batch, bank, state)
-                working.append(compilers.submit(step.lower(*arguments, **static).compile))
-            working[0].result()
+            allocated, compiling = allocator.submit(self.allocate), {}
+            for kind, batch in ((kind, batch) for kind, some in batches.items() for batch in some):
+                number = batch.mixed or (len(batch.tokens) if kind in ("decode", "guesses") else batch.tokens.shape[1])
+                progress(f"compiling {kind} x {number} ({len(compiling) + 1}/{total})")
+                compiling[_shape(batch)] = compilers.submit(self._lower(batch, bank, state).compile)
+            allocated.result()
             self.put_adapter(0, self.pack({}, 1), 1)
             self.reuse(self.sizes.slots - 1, 0, np.zeros(1, np.int32), record=True)
             self.clear(0)
-            for done in working:
-                done.result()
-        for batch in batches.values():
-            self.run(batch)
+            self._steps |= {shape: step.result() for shape, step in compiling.items()}
+        # The longer ones of a kind would show nothing new, and take most of the time.
+        for some in filter(None, batches.values()):
+            self.run(some[0])
         jax.block_until_ready(self.bank)
 
     def compiled(self) -> int:
         """How many programs have been compiled; constant after `warm_up`."""
-        return sum(jitted._cache_size() for jitted in (self._step, self._check, self._read, self._write, self._record, self._clear, self._put))
+        others = (self._read, self._write, self._record, self._clear, self._put)
+        return len(self._steps) + sum(jitted._cache_size() for jitted in others)
 
-    def _call(self, batch: Batch, bank: Bank, state: State) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
-        """The compiled step for a batch, and its arguments."""
+    def _lower(self, batch: Batch, bank: Bank, state: State) -> Lowered:
+        """The step for batches of that shape, to be compiled."""
         arguments = (self._weights, self._rotation, bank, state, batch.packed)
         if batch.guessed:
-            return self._check, arguments, {}
+            return self._check.lower(*arguments)
         every_slot = batch.tokens.shape == (self.sizes.slots, 1) and len(self.batch_sizes) == 1
-        return self._step, arguments, {"every_slot": every_slot, "mixed": batch.mixed}
+        return self._step.lower(*arguments, every_slot=every_slot, mixed=batch.mixed)
 
     def _trace(
         self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, packed: Array, *, every_slot: bool, mixed: int
@@ -261,9 +269,18 @@ class Program:
         return hidden, KVCache(*zip(*caches)), linears
 
 
+def _shape(batch: Batch) -> tuple[Any, ...]:
+    """What two batches share that one step is compiled for."""
+    return batch.tokens.shape, batch.mixed, batch.guessed
+
+
 def _read_positions(cache: KVCache, source: Array, start: Array, *, length: int) -> KVCache:
     """The keys and values of positions `[start, start + length)` of one slot, each `[1, K, length, C]`."""
-    return jax.tree.map(lambda whole: jax.lax.dynamic_slice(whole, (source, 0, start, 0), (1, whole.shape[1], length, whole.shape[3])), cache)
+    def part(whole: Array) -> Array:
+        shape = (1, whole.shape[1], length, whole.shape[3])
+        return jax.lax.dynamic_slice(whole, (source, 0, start, 0), shape, allow_negative_indices=False)
+
+    return jax.tree.map(part, cache)
 
 
 def _write_positions(state: State, part: KVCache, slot: Array, start: Array) -> State:

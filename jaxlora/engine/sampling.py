@@ -4,6 +4,8 @@ A row's choice depends on its own logits, settings, seed and position only: ever
 rows of a batch nor the batch size can change it. Letters in shapes: B rows, V vocabulary, S slots.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +101,7 @@ def record_answer(history: History, slots: Array, tokens: Array, live: Array) ->
     return History(history.prompt, answer)
 
 
+@functools.partial(jax.jit, static_argnames="backend")  # so that Python traces it once for all steps of as many rows
 def sample(logits: Array, rows: SamplerRows, positions: Array, history: History, slots: Array, backend: Backend) -> Sampled:
     """The next token of every row from `logits` float32 `[B, V]`; `positions` int32 `[B]` is where that token will stand.
 

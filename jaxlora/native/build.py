@@ -1,4 +1,4 @@
-"""Compiles the kernels into a shared library, once for each compiler, XLA FFI version and state of the sources.
+"""Compiles the kernels into a shared library, once for each kind of CPU, compiler, XLA FFI version and state of the sources.
 
 Knows the compiler and its flags; knows nothing of JAX arrays. A build goes to a temporary file and is renamed into place, so that
 processes that start together never see half of one.
@@ -47,27 +47,41 @@ def compiler() -> list[str]:
 
 
 def library(build_dir: os.PathLike[str] | str, progress: Callable[[str], None] = lambda line: None) -> pathlib.Path:
-    """The compiled library in `build_dir` (made where absent), built now unless it's there already. A build takes a minute or two on
-    two cores, and is told to `progress` when it begins.
+    """The compiled library in `build_dir` (made where absent), with the instruction sets that this CPU has, built now unless it's there
+    already. A build takes about a minute on two cores, and is told to `progress` when it begins.
 
     Raises:
-        BuildError: another kind of machine, no compiler, or the compiler's first error.
+        BuildError: another kind of machine or CPU, no compiler, or the compiler's first error.
     """
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         raise BuildError(f"no kernels for {platform.system()} on {platform.machine()}")
     command = compiler()
     build_dir = pathlib.Path(build_dir)
-    path = build_dir / f"jaxlora-native-{_key(command)}.so"
+    sets = _sets(command)
+    path = build_dir / f"jaxlora-native-{_key(command, sets)}.so"
     if not path.exists():
-        progress(f"compiling the CPU kernels with {command[0]}, once (a minute or two)")
+        progress(f"compiling the CPU kernels with {command[0]}, once (about a minute)")
         build_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=build_dir, prefix="build-") as folder:
-            os.replace(_build(command, pathlib.Path(folder)), path)
+            os.replace(_build(command, sets, pathlib.Path(folder)), path)
     return path
 
 
-def _key(command: list[str]) -> str:
-    digest = hashlib.sha256(repr((FLAGS, ISA_FLAGS, command)).encode())
+def _sets(command: list[str]) -> dict[str, list[str]]:
+    """Those of `ISA_FLAGS` that both this CPU and the compiler know."""
+    macros = _run([*command, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]).split()
+    found = {
+        isa: flags
+        for isa, flags in ISA_FLAGS.items()
+        if all(f"__{flag[2:].upper()}__" in macros for flag in flags if flag.startswith("-m"))
+    }
+    if not found:
+        raise BuildError("this CPU has neither AVX-512 nor AVX2 with FMA")
+    return found
+
+
+def _key(command: list[str], sets: dict[str, list[str]]) -> str:
+    digest = hashlib.sha256(repr((FLAGS, sets, command)).encode())
     digest.update(_run([*command, "--version"]).encode())
     headers = pathlib.Path(jax.ffi.include_dir())
     for path in [*sorted(SOURCES.iterdir()), *sorted(headers.rglob("ffi/api/*.h"))]:
@@ -76,18 +90,12 @@ def _key(command: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _build(command: list[str], folder: pathlib.Path) -> pathlib.Path:
-    others = sorted({path.name for path in SOURCES.glob("*.cc")} - {f"{isa}.cc" for isa in ISA_FLAGS})
+def _build(command: list[str], sets: dict[str, list[str]], folder: pathlib.Path) -> pathlib.Path:
+    flags = [*(f"-DJAXLORA_{isa.upper()}" for isa in sets), "-isystem", jax.ffi.include_dir()]
+    work = {f"{isa}.cc": of_isa for isa, of_isa in sets.items()}  # these first, as they take the longest
+    work |= {path.name: flags for path in sorted(SOURCES.glob("*.cc")) if path.stem not in ISA_FLAGS}
     with ThreadPoolExecutor(os.cpu_count()) as compilers:
-        kernels = {
-            isa: compilers.submit(_compile, command, f"{isa}.cc", flags, folder) for isa, flags in ISA_FLAGS.items()
-        }
-        # An older compiler may lack the newest set.
-        known = {isa: built.result() for isa, built in kernels.items() if built.exception() is None}
-        if not known:
-            raise kernels[next(reversed(kernels))].exception()
-        flags = [*(f"-DJAXLORA_{isa.upper()}" for isa in known), "-isystem", jax.ffi.include_dir()]
-        objects = [*known.values(), *compilers.map(lambda name: _compile(command, name, flags, folder), others)]
+        objects = list(compilers.map(lambda name: _compile(command, name, work[name], folder), work))
     built = folder / "library.so"
     _run([*command, "-shared", "-pthread", "-o", str(built), *map(str, objects)])
     return built

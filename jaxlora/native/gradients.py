@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.native.kernels import Kernels
-from jaxlora.native.operands import Packed
+from jaxlora.native.operands import Packed, panels
 
 Array = jax.Array
 
@@ -55,25 +55,18 @@ def _adapted(x: Array, w: Packed, transposed: Packed, a: Array, b: Array) -> Arr
 
 def _adapted_forward(x: Array, w: Packed, transposed: Packed, a: Array, b: Array) -> tuple[Array, tuple]:
     results = [jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32) for width in (w.n, a.shape[0])]
-    y, h = jax.ffi.ffi_call("jaxlora_adapted", results)(x, w.data, a.T, _panels(b, w))
+    y, h = jax.ffi.ffi_call("jaxlora_adapted", results)(x, w.data, a.T, panels(b, w.data.shape[-1]))
     return y, (x, h, transposed, a, b)
 
 
 def _adapted_backward(kept: tuple, slope: Array) -> tuple[Array | None, ...]:
     x, h, transposed, a, b = kept
     results = [jax.ShapeDtypeStruct(like.shape, jnp.float32) for like in (x, a, b)]
-    dx, da, db = jax.ffi.ffi_call("jaxlora_adapted_gradient", results)(x, h, transposed.data, _panels(a, transposed), b.T, slope)
+    dx, da, db = jax.ffi.ffi_call("jaxlora_adapted_gradient", results)(x, h, transposed.data, panels(a, transposed.data.shape[-1]), b.T, slope)
     return dx, None, None, da, db
 
 
 _adapted.defvjp(_adapted_forward, _adapted_backward)
-
-
-def _panels(w: Array, like: Packed) -> Array:
-    """float32 weights [k, n], packed as `pack_linear` does, in panels as those of float32 or bfloat16 weights."""
-    panel = like.data.shape[-1]
-    w = jnp.pad(w, ((0, 0), (0, -w.shape[1] % panel)))
-    return w.reshape(w.shape[0], -1, panel).transpose(1, 0, 2)
 
 
 def causal_attention(q: Array, k: Array, v: Array, segments: Array | None = None, *, scale: float, window: int = 0) -> Array:

@@ -25,9 +25,9 @@ class Kernels:
     panel: int
     """Columns of a panel of packed weights."""
 
-    def pack_linear(self, w: np.ndarray | Array | Int8) -> Packed:
+    def pack_linear(self, w: np.ndarray | Array | Int8, transposed: bool = False) -> Packed:
         """As the function of that name, in the form that is fastest here."""
-        return pack_linear(w, self.panel, halves=self.isa == "avx512fp16")
+        return pack_linear(w, self.panel, self.isa == "avx512fp16", transposed)
 
     @staticmethod
     def linear(

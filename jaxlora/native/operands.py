@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from jaxlora.int8 import Int8
@@ -46,52 +45,54 @@ class LoraRows(NamedTuple):
     max_rank: int  # rows of every A and B in the bank
 
 
-def pack_linear(w: np.ndarray | Array | Int8, panel: int, halves: bool = False) -> Packed:
-    """Packs float32, bfloat16 or int8 weights [k, n], once. Needs their size in host memory besides.
+def pack_linear(w: np.ndarray | Array | Int8, panel: int, halves: bool = False, transposed: bool = False) -> Packed:
+    """Packs float32, bfloat16 or int8 weights [k, n], once. Needs their size in memory besides.
 
     Arguments:
         panel: columns of a panel, `Kernels.panel`.
         halves: bfloat16 weights become float16, unless some are so large that sums might leave its range.
+        transposed: an array is [n, k], as weights lie in checkpoints.
 
     Raises:
         TypeError: another type or number of dimensions.
     """
     if isinstance(w, Int8):
-        return _pack_int8(w, panel)
-    w = np.asarray(w)
-    if w.ndim != 2 or w.dtype not in (np.float32, ml_dtypes.bfloat16):
+        return Packed(_pack_int8(w, panel), *w.shape)
+    if w.ndim != 2 or w.dtype not in (jnp.float32, jnp.bfloat16):
         raise TypeError(f"weights are float32 or bfloat16 [k, n], not {w.dtype} {list(w.shape)}")
-    k, n = w.shape
-    panels = -(-n // panel)
-    if w.dtype == np.float32:
-        data = np.zeros((k, panels * panel), np.float32)
-    elif halves and _fits_halves(w):
-        data = np.zeros((k, panels * panel), np.float16)
-    else:
-        pairs = np.zeros((-(-k // 2) * 2, panels * panel), np.uint16)
-        pairs[:k, :n] = w.view(np.uint16)
-        pairs = pairs.reshape(-1, 2, panels, panel).transpose(2, 0, 3, 1)
-        return Packed(jnp.asarray(np.ascontiguousarray(pairs).view(np.uint32)[..., 0]), k, n)
-    data[:, :n] = w
-    return Packed(jnp.asarray(np.ascontiguousarray(data.reshape(k, panels, panel).transpose(1, 0, 2))), k, n)
+    k, n = w.shape[::-1] if transposed else w.shape
+    halves = halves and w.dtype == jnp.bfloat16 and _fits_halves(w)
+    return Packed(_pack(w, panel, jnp.float16 if halves else w.dtype, transposed), k, n)
 
 
-def _pack_int8(w: Int8, panel: int) -> Packed:
+# Compiled, they are one pass over the weights, however these lie in memory.
+@functools.partial(jax.jit, static_argnames=("panel", "dtype", "transposed"))
+def _pack(w: Array, panel: int, dtype: jnp.dtype, transposed: bool) -> Array:
+    w = (w.T if transposed else w).astype(dtype)
+    if dtype != jnp.bfloat16:
+        return panels(w, panel)
+    pairs = jnp.pad(w, ((0, w.shape[0] % 2), (0, 0))).reshape(-1, 2, w.shape[1]).swapaxes(1, 2)
+    return panels(jax.lax.bitcast_convert_type(pairs, jnp.uint32), panel)
+
+
+@functools.partial(jax.jit, static_argnames="panel")
+def _pack_int8(w: Int8, panel: int) -> Array:
     k, n = w.shape
-    groups, panels = -(-k // GROUP), -(-n // panel)
     # Without a sign, for an instruction that wants one factor so.
-    values = np.full((groups * GROUP, panels * panel), 128, np.uint8)
-    values[:k, :n] = np.asarray(w.values).view(np.uint8) + np.uint8(128)
-    scales = np.zeros((groups, panels * panel), np.uint16)
-    scales[:, :n] = np.asarray(w.scales).view(np.uint16)
-    data = np.empty((panels, groups, panel * (2 + GROUP)), np.uint8)
-    data[..., : panel * 2] = np.ascontiguousarray(scales.reshape(groups, panels, panel).transpose(1, 0, 2)).view(np.uint8)
-    quads = values.reshape(groups, GROUP // 4, 4, panels, panel).transpose(3, 0, 1, 4, 2)
-    data[..., panel * 2 :] = quads.reshape(panels, groups, panel * GROUP)
-    return Packed(jnp.asarray(data), k, n)
+    values = (w.values.astype(jnp.int32) + 128).astype(jnp.uint8)
+    values = jnp.pad(values, ((0, -k % GROUP), (0, -n % panel)), constant_values=128)
+    quads = values.reshape(-1, GROUP // 4, 4, values.shape[1] // panel, panel).transpose(3, 0, 1, 4, 2)
+    scales = jax.lax.bitcast_convert_type(panels(w.scales, panel), jnp.uint8)
+    parts = (part.reshape(*scales.shape[:2], -1) for part in (scales, quads))
+    return jnp.concatenate(list(parts), axis=-1)
 
 
-def _fits_halves(w: np.ndarray) -> bool:
-    # A sum has 32 products with values of x below 2. The bits of bfloat16 without the sign are in the order of the sizes, NaN last.
-    limit = int(np.asarray(1000, ml_dtypes.bfloat16).view(np.uint16))
-    return not w.size or int((w.view(np.uint16) & 0x7FFF).max()) < limit
+def panels(w: Array, panel: int) -> Array:
+    """[panels, k, panel], from weights [k, n]; what the last panel has more is 0."""
+    w = jnp.pad(w, ((0, 0), (0, -w.shape[1] % panel)))
+    return w.reshape(w.shape[0], -1, panel).swapaxes(0, 1)
+
+
+def _fits_halves(w: Array) -> bool:
+    # A sum has 32 products with values of x below 2.
+    return bool(jnp.max(jnp.abs(w), initial=0) < 1000)  # not if one is NaN

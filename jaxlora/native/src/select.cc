@@ -26,7 +26,7 @@ bool vnni() {
   return avx512() && __builtin_cpu_supports("avx512vnni");
 }
 
-// Best first. A set that the compiler does not know is left out of the build. On Intel's cores a dot product of bfloat16 pairs
+// Best first. A set that the compiler or the CPU does not know is left out of the build. On Intel's cores a dot product of bfloat16 pairs
 // takes four times as long as a fused multiply-add (Emerald Rapids: 0.65 and 0.16 ns), so that widening the weights is twice as
 // fast.
 const Isa kIsas[] = {
