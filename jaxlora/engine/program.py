@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array
 from jax.stages import Compiled, Lowered
 
@@ -21,11 +20,11 @@ from jaxlora.backend import Backend
 from jaxlora.config import ModelConfig
 from jaxlora.engine import sampling
 from jaxlora.engine.batch import Batch, Fields, idle_batch, idle_mixed_batch, in_step
+from jaxlora.engine.device_state import State, empty_slot, is_usable, read_positions, record_prompt, write_positions
 from jaxlora.engine.sampling import History, Sampled
 from jaxlora.kv_cache import KVCache, Rows
 from jaxlora.lora import Bank, BankLayout, Pair
 from jaxlora.model import Linears, forward, project, rotation
-from jaxlora.updates import update_slice
 from jaxlora.weights import Weights
 
 
@@ -49,14 +48,6 @@ class Sizes:
 MAX_GUESSED_ROWS = 2
 
 
-@struct.dataclass
-class State:
-    """What a step reads and replaces."""
-
-    cache: KVCache
-    history: History
-
-
 class Program:
     """One model on one device, with its state. `warm_up` (or `allocate`, in a test) comes before all else. Not thread-safe: one thread
     calls it."""
@@ -73,10 +64,10 @@ class Program:
         self._check = jax.jit(self._trace_guesses, donate_argnames="state", compiler_options=backend.compiler_options or None)
         self._steps: dict[tuple[Any, ...], Compiled] = {}
         # Two programs: in one, XLA would copy the whole cache, since what is read lies in what is written.
-        self._read = jax.jit(_read_positions, static_argnames="length")
-        self._write = jax.jit(_write_positions, donate_argnames="state")
-        self._record = jax.jit(_record_prompt, donate_argnames="state")
-        self._clear = jax.jit(_empty_slot, donate_argnames="state")
+        self._read = jax.jit(read_positions, static_argnames="length")
+        self._write = jax.jit(write_positions, donate_argnames="state")
+        self._record = jax.jit(record_prompt, donate_argnames="state")
+        self._clear = jax.jit(empty_slot, donate_argnames="state")
         # Each is one call, which leaves Python to other threads while memory is cleared.
         self._new_bank, self._new_state = jax.jit(self._empty_bank), jax.jit(self._empty_state)
         self._put = jax.jit(functools.partial(backend.place, self.layout), donate_argnums=0)
@@ -117,11 +108,11 @@ class Program:
 
     def state_is_intact(self) -> bool:
         """Whether the state can still be used after a step that raised: it was neither given up nor computed by what failed."""
-        return _is_usable(self.state)
+        return is_usable(self.state)
 
     def bank_is_intact(self) -> bool:
         """The same of the adapter bank, after `put_adapter` raised."""
-        return _is_usable(self.bank)
+        return is_usable(self.bank)
 
     def clear(self, slot: int) -> None:
         """Empties a slot whose keys and values may not be finite: what is masked out still takes part in sums, as NaN times zero."""
@@ -158,29 +149,26 @@ class Program:
     def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
         """Allocates, and compiles every step. Rows are idle, so the state stays empty."""
         vocab = self.config.vocab_size
-        batches = {
-            "prefill": [idle_batch(1, length, vocab) for length in self.chunk_lengths],
-            "mixed": [idle_mixed_batch(self.sizes.slots, length, vocab) for length in self.mixed_lengths],
-            "decode": [idle_batch(rows, 1, vocab) for rows in self.batch_sizes],
-            "guesses": [idle_batch(rows, 1 + self.sizes.guesses, vocab, guessed=True) for rows in self.guess_sizes],
-        }
-        total = sum(map(len, batches.values()))
+        batches = {f"prefill x {length}": idle_batch(1, length, vocab) for length in self.chunk_lengths}
+        batches |= {f"mixed x {length}": idle_mixed_batch(self.sizes.slots, length, vocab) for length in self.mixed_lengths}
+        batches |= {f"decode x {rows}": idle_batch(rows, 1, vocab) for rows in self.batch_sizes}
+        batches |= {f"guesses x {rows}": idle_batch(rows, 1 + self.sizes.guesses, vocab, guessed=True) for rows in self.guess_sizes}
         bank, state = jax.eval_shape(self._new_bank), jax.eval_shape(self._new_state)
         # Memory is cleared, and XLA compiles or reads what it compiled before, in other threads while Python traces the next step.
         with ThreadPoolExecutor(1) as allocator, ThreadPoolExecutor(os.cpu_count()) as compilers:
             allocated, compiling = allocator.submit(self.allocate), {}
-            for kind, batch in ((kind, batch) for kind, some in batches.items() for batch in some):
-                number = batch.mixed or (len(batch.tokens) if kind in ("decode", "guesses") else batch.tokens.shape[1])
-                progress(f"compiling {kind} x {number} ({len(compiling) + 1}/{total})")
+            for number, (name, batch) in enumerate(batches.items(), 1):
+                progress(f"compiling {name} ({number}/{len(batches)})")
                 compiling[_shape(batch)] = compilers.submit(self._lower(batch, bank, state).compile)
             allocated.result()
             self.put_adapter(0, self.pack({}, 1), 1)
             self.reuse(self.sizes.slots - 1, 0, np.zeros(1, np.int32), record=True)
             self.clear(0)
-            self._steps |= {shape: step.result() for shape, step in compiling.items()}
+            self._steps = {shape: step.result() for shape, step in compiling.items()}
         # The longer ones of a kind would show nothing new, and take most of the time.
-        for some in filter(None, batches.values()):
-            self.run(some[0])
+        shortest = {name.split()[0]: batch for name, batch in reversed(batches.items())}
+        for batch in shortest.values():
+            self.run(batch)
         jax.block_until_ready(self.bank)
 
     def compiled(self) -> int:
@@ -272,38 +260,3 @@ class Program:
 def _shape(batch: Batch) -> tuple[Any, ...]:
     """What two batches share that one step is compiled for."""
     return batch.tokens.shape, batch.mixed, batch.guessed
-
-
-def _read_positions(cache: KVCache, source: Array, start: Array, *, length: int) -> KVCache:
-    """The keys and values of positions `[start, start + length)` of one slot, each `[1, K, length, C]`."""
-    def part(whole: Array) -> Array:
-        shape = (1, whole.shape[1], length, whole.shape[3])
-        return jax.lax.dynamic_slice(whole, (source, 0, start, 0), shape, allow_negative_indices=False)
-
-    return jax.tree.map(part, cache)
-
-
-def _write_positions(state: State, part: KVCache, slot: Array, start: Array) -> State:
-    """The state with what `_read_positions` gave in the cache of a slot, from position `start` on."""
-    return State(jax.tree.map(lambda whole, new: update_slice(whole, new, (slot, 0, start, 0)), state.cache, part), state.history)
-
-
-def _record_prompt(state: State, slots: Array, tokens: Array, starts: Array, lengths: Array) -> State:
-    one = np.int32(1)
-    return State(state.cache, sampling.record_prompt(state.history, one, slots, tokens, starts, lengths, jnp.zeros(1, jnp.int32)))
-
-
-def _empty_slot(state: State, slot: Array) -> State:
-    def emptied(cache: Array) -> Array:
-        return update_slice(cache, jnp.zeros((1, *cache.shape[1:]), cache.dtype), (slot, 0, 0, 0))
-
-    return State(jax.tree.map(emptied, state.cache), state.history)
-
-
-def _is_usable(tree: Any) -> bool:
-    arrays = jax.tree.leaves(tree)
-    try:
-        jax.block_until_ready(arrays)
-    except Exception:  # of any kind that the failed computation raised
-        return False
-    return bool(arrays) and not any(array.is_deleted() for array in arrays)
