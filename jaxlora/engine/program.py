@@ -3,9 +3,11 @@
 Every shape is fixed when a `Program` is made; `warm_up` compiles them all, and nothing compiles after it. Knows slots, not requests.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
+import pathlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +24,7 @@ from jaxlora.engine import sampling
 from jaxlora.engine.batch import Batch, Fields, idle_batch, idle_mixed_batch, in_step
 from jaxlora.engine.device_state import State, empty_slot, is_usable, read_positions, record_prompt, write_positions
 from jaxlora.engine.sampling import History, Sampled
+from jaxlora.executables import Executables
 from jaxlora.kv_cache import KVCache, Rows
 from jaxlora.lora import Bank, BankLayout, Pair
 from jaxlora.model import Linears, forward, project, rotation
@@ -50,10 +53,23 @@ MAX_GUESSED_ROWS = 2
 
 class Program:
     """One model on one device, with its state. `warm_up` (or `allocate`, in a test) comes before all else. Not thread-safe: one thread
-    calls it."""
+    calls it.
 
-    def __init__(self, config: ModelConfig, weights: Weights, backend: Backend, sizes: Sizes, dtype: str = "float32"):
-        self.config, self.sizes, self.backend = config, sizes, backend
+    Arguments:
+        dtype: of the cache, and of adapters that are not in 8 bits.
+        kept_in: the folder where `warm_up` keeps what it compiles, see `Executables`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        backend: Backend,
+        sizes: Sizes,
+        dtype: str = "float32",
+        kept_in: pathlib.Path | None = None,
+    ):
+        self.config, self.sizes, self.backend, self._kept_in = config, sizes, backend, kept_in
         self.layout = BankLayout.of(config, sizes.max_lora_rank, "int8" if sizes.int8_adapters else dtype, sizes.output_layer)
         self._weights, self._dtype = weights, dtype
         self.bank: Bank | None = None
@@ -85,7 +101,7 @@ class Program:
         shape = _shape(batch)
         if shape not in self._steps:  # only where `warm_up` was left out
             self._steps[shape] = self._lower(batch, self.bank, self.state).compile()
-        self.state, sampled = self._steps[shape](self._weights, self._rotation, self.bank, self.state, batch.packed)
+        self.state, sampled = self._steps[shape](*self._arguments(batch, self.bank, self.state))
         return sampling.unpack(np.asarray(sampled))
 
     def allocate(self) -> None:
@@ -147,29 +163,39 @@ class Program:
                 self.state = self._record(self.state, np.int32([slot]), part, np.int32([start]), np.int32([length]))
 
     def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
-        """Allocates, and compiles every step. Rows are idle, so the state stays empty."""
+        """Allocates, and compiles every step, or reads it where it is kept. Rows are idle, so the state stays empty."""
         vocab = self.config.vocab_size
         batches = {f"prefill x {length}": idle_batch(1, length, vocab) for length in self.chunk_lengths}
         batches |= {f"mixed x {length}": idle_mixed_batch(self.sizes.slots, length, vocab) for length in self.mixed_lengths}
         batches |= {f"decode x {rows}": idle_batch(rows, 1, vocab) for rows in self.batch_sizes}
         batches |= {f"guesses x {rows}": idle_batch(rows, 1 + self.sizes.guesses, vocab, guessed=True) for rows in self.guess_sizes}
         bank, state = jax.eval_shape(self._new_bank), jax.eval_shape(self._new_state)
-        # Memory is cleared, and XLA compiles or reads what it compiled before, in other threads while Python traces the next step.
-        with ThreadPoolExecutor(1) as allocator, ThreadPoolExecutor(os.cpu_count()) as compilers:
-            allocated, compiling = allocator.submit(self.allocate), {}
-            for number, (name, batch) in enumerate(batches.items(), 1):
-                progress(f"compiling {name} ({number}/{len(batches)})")
-                compiling[_shape(batch)] = compilers.submit(self._lower(batch, bank, state).compile)
+        kept = Executables(self._kept_in, self.backend.compiler_options, self._traced_from())
+        # Memory is cleared, and XLA compiles or reads what it compiled before, in other threads while Python traces.
+        with ThreadPoolExecutor(1) as allocator, ThreadPoolExecutor(os.cpu_count()) as workers:
+            allocated = allocator.submit(self.allocate)
+            steps = {name: workers.submit(kept.find, name, self._arguments(batch, bank, state), (state, 0)) for name, batch in batches.items()}
             allocated.result()
             self.put_adapter(0, self.pack({}, 1), 1)
             self.reuse(self.sizes.slots - 1, 0, np.zeros(1, np.int32), record=True)
             self.clear(0)
-            self._steps = {shape: step.result() for shape, step in compiling.items()}
-        # The longer ones of a kind would show nothing new, and take most of the time.
-        shortest = {name.split()[0]: batch for name, batch in reversed(batches.items())}
-        for batch in shortest.values():
-            self.run(batch)
-        jax.block_until_ready(self.bank)
+            missing = [name for name, step in steps.items() if step.result() is None]
+            with kept.compiling() if missing else contextlib.nullcontext():
+                for number, name in enumerate(missing, 1):
+                    progress(f"compiling {name} ({number}/{len(missing)})")
+                    steps[name] = workers.submit(kept.compile, name, self._lower(batches[name], bank, state))
+                self._steps = {_shape(batches[name]): step.result() for name, step in steps.items()}
+        # The longer ones of a kind would show nothing new, and take most of the time; but what will be kept has run.
+        shortest = {name.split()[0]: name for name in reversed(batches)}
+        for name in {*shortest.values(), *kept.new}:
+            self.run(batches[name])
+        if kept.new:
+            kept.keep()
+
+    def _traced_from(self) -> tuple[Any, ...]:
+        """What the steps' traces depend on, in a form that has the same `repr` in another process."""
+        leaves, tree = jax.tree.flatten((self._weights, self._rotation))
+        return self.config, self.sizes, self._dtype, self.backend, tree, [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves]
 
     def compiled(self) -> int:
         """How many programs have been compiled; constant after `warm_up`."""
@@ -178,11 +204,14 @@ class Program:
 
     def _lower(self, batch: Batch, bank: Bank, state: State) -> Lowered:
         """The step for batches of that shape, to be compiled."""
-        arguments = (self._weights, self._rotation, bank, state, batch.packed)
+        arguments = self._arguments(batch, bank, state)
         if batch.guessed:
             return self._check.lower(*arguments)
         every_slot = batch.tokens.shape == (self.sizes.slots, 1) and len(self.batch_sizes) == 1
         return self._step.lower(*arguments, every_slot=every_slot, mixed=batch.mixed)
+
+    def _arguments(self, batch: Batch, bank: Bank, state: State) -> tuple[Any, ...]:
+        return self._weights, self._rotation, bank, state, batch.packed
 
     def _trace(
         self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, packed: Array, *, every_slot: bool, mixed: int

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import jax
+
 from jaxlora import backend, weights
 from jaxlora.adapters import AdapterVersion, CatalogueReader, HostCache, catalogue_path
 from jaxlora.checkpoint import resolve
@@ -79,7 +81,9 @@ class LoraService:
             decode_steps=settings.decode_steps,
             int8_adapters=settings.lora_quantization == "int8",
         )
-        program = Program(self.config, loaded, chosen, sizes, dtype)
+        # Not tried elsewhere, where compiling takes the time, which JAX's own cache spares.
+        kept_in = settings.cache_dir / "steps" if jax.default_backend() == "cpu" else None
+        program = Program(self.config, loaded, chosen, sizes, dtype, kept_in)
         program.warm_up(progress)
         if settings.faults:
             progress(f"FAULTS: {settings.faults}")

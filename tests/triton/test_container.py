@@ -65,7 +65,7 @@ def cache(tmp_path) -> pathlib.Path:
     # What was compiled for other tests is there; all else is new.
     CACHE.mkdir(parents=True, exist_ok=True)
     (tmp_path / "cache").mkdir()
-    for name in ("compiled", "native"):
+    for name in ("compiled", "steps", "native"):
         (CACHE / name).mkdir(exist_ok=True)
         (tmp_path / "cache" / name).symlink_to(CACHE / name)
     return tmp_path / "cache"
