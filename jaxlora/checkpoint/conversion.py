@@ -18,7 +18,7 @@ from jaxlora.checkpoint.folder import WEIGHTS
 from jaxlora.errors import SetupError
 
 if TYPE_CHECKING:
-    import gguf
+    from jaxlora.checkpoint.gguf_reader import Reader
 
 # Goes up whenever the folder that `convert` writes changes, so that an older one in a cache is not taken for it.
 VERSION = 1
@@ -59,10 +59,10 @@ def convert(source: pathlib.Path, folder: pathlib.Path, progress: Callable[[str]
         SetupError: the file's architecture or tokenizer is another one, or a tensor is unknown.
     """
     # Here, because only the first start on a machine needs it.
-    import gguf
+    from jaxlora.checkpoint.gguf_reader import Reader
 
     progress(f"reading {source.name}")
-    reader = gguf.GGUFReader(source)
+    reader = Reader(source)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
@@ -147,7 +147,7 @@ def _as_written(value: float) -> float:
 
 
 def _tensors(
-    reader: "gguf.GGUFReader", names: dict[str, str], config: dict[str, Any], progress: Callable[[str], None]
+    reader: "Reader", names: dict[str, str], config: dict[str, Any], progress: Callable[[str], None]
 ) -> Iterator[tuple[str, np.ndarray]]:
     from gguf.quants import dequantize
 

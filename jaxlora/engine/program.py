@@ -186,9 +186,10 @@ class Program:
                     steps[name] = workers.submit(kept.compile, name, self._lower(batches[name], bank, state))
                 self._steps = {_shape(batches[name]): step.result() for name, step in steps.items()}
         # The longer ones of a kind would show nothing new, and take most of the time; but what will be kept has run.
-        shortest = {name.split()[0]: name for name in reversed(batches)}
-        for name in {*shortest.values(), *kept.new}:
-            self.run(batches[name])
+        shortest = {name.split()[0]: name for name in reversed(batches)}.values()
+        for name, batch in batches.items():
+            if name in shortest or name in kept.new:
+                self.run(batch)
         if kept.new:
             kept.keep()
 

@@ -19,7 +19,7 @@ _NOTHING, _NO_NUMBERS = np.zeros(0, np.float32), np.zeros(0, np.int32)
 class Kernels:
     """The loaded library. Its functions run on CPU devices only, and work under `jax.jit`."""
 
-    path: pathlib.Path
+    path: pathlib.Path = dataclasses.field(repr=False)  # so that what is named after the kernels has the same name wherever they lie
     isa: str
     threads: int
     panel: int

@@ -21,8 +21,8 @@ from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_dra
 
 
 def wrong_results(kernels: Kernels) -> list[str]:
-    """Names of the kernels whose results differ from their twins by more than rounding. Takes about ten seconds on two cores, nearly all of
-    them XLA's, which compiles each operation of the twins."""
+    """Names of the kernels whose results differ from their twins by more than rounding. Takes about five seconds on two cores, nearly all of
+    them XLA's."""
 
     def is_right(check: Callable[[Kernels], bool]) -> bool:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -73,14 +73,16 @@ def _attention(dtype: str, kernels: Kernels) -> bool:
     new = _normal(2, 20, 10 * 64), (np.cos(angles), np.sin(angles)), (_normal(64), _normal(64) + 1)
     rest = jnp.int32([150, 0]), jnp.int32([30, 1]), jnp.int32([1, 0]), jnp.int32([0, 35])
     options = dict(scale=0.125, window=60, eps=1e-5)
-    return _close(*(attention(*new, *caches, *rest, **options) for attention in (kernels.attention, twin_attention)))
+    both = (jax.jit(functools.partial(attention, **options)) for attention in (kernels.attention, twin_attention))
+    return _close(*(attention(*new, *caches, *rest) for attention in both))
 
 
 def _lora(dtype: str, kernels: Kernels) -> bool:
     y, x, nothing = jnp.asarray(_normal(7, 100)), _normal(7, 70), np.zeros((70, 100), np.float32)
     where = jnp.int32(40), jnp.int32([1, 0, 1, -1, 1, 1, 1]), jnp.int32([16, 5])
     adapters = LoraRows(_bank(dtype), *where, (LoraModule(0, 16 * 70, 3, 90),), 16)
-    got, want = kernels.linear(x, kernels.pack_linear(nothing), onto=y, adapters=adapters), twin_linear(x, nothing, onto=y, adapters=adapters)
+    got = kernels.linear(x, kernels.pack_linear(nothing), onto=y, adapters=adapters)
+    want = jax.jit(lambda x, y: twin_linear(x, nothing, onto=y, adapters=adapters))(x, y)
     return _near(got - y, want - y, 2e-2) if (dtype, kernels.isa) == ("bfloat16", "avx512bf16") else _close(got, want)
 
 
@@ -119,8 +121,12 @@ def _adapted(kernels: Kernels) -> bool:
 
 
 def _with_slopes(function: Callable[..., Array], slope: np.ndarray, *inputs: np.ndarray) -> tuple:
-    result, back = jax.vjp(function, *map(jnp.asarray, inputs))
-    return result, back(jnp.asarray(slope))
+    @jax.jit
+    def compiled(slope: Array, *inputs: Array) -> tuple:
+        result, back = jax.vjp(function, *inputs)
+        return result, back(slope)
+
+    return compiled(slope, *inputs)
 
 
 def _summary(kernels: Kernels) -> bool:
@@ -134,13 +140,14 @@ def _draw(kernels: Kernels) -> bool:
     settings = {name: jnp.resize(values, rows) for name, values in settings.items()}
     keys, positions = jnp.arange(2 * rows, dtype=jnp.uint32).reshape(rows, 2), jnp.arange(rows) * 1000
     arguments = jnp.asarray(_normal(rows, 1003) * 3), jnp.full(rows, 0.8), *settings.values(), keys, positions
-    return bool(jnp.array_equal(kernels.draw(*arguments), twin_draw(*arguments)))
+    return bool(jnp.array_equal(kernels.draw(*arguments), jax.jit(twin_draw)(*arguments)))
 
 
 def _around(kernels: Kernels) -> bool:
     x, w, onto, norm = _normal(17, 140) * 4, _normal(70, 33), _normal(17, 33), (_normal(70), 1e-5)
     inputs = (x[:, :70], dict(norm=norm)), (x, dict(gated=True))
-    done = [(kernels.linear(x, kernels.pack_linear(w), onto=onto, **before), twin_linear(x, w, onto=onto, **before)) for x, before in inputs]
+    twin = lambda x, before: jax.jit(lambda x: twin_linear(x, w, onto=onto, **before))(x)
+    done = [(kernels.linear(x, kernels.pack_linear(w), onto=onto, **before), twin(x, before)) for x, before in inputs]
     return all(_close(*pair) for pair in done) and _close(kernels.rms_norm(x[:, :70], *norm), twin_rms_norm(x[:, :70], *norm))
 
 

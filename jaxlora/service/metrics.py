@@ -91,10 +91,11 @@ _TABLE = (
         ("tier",), _LOAD_S,
     ),
     Metric("lora_publishes_total", COUNTER, "Adapter versions that a load of the store found, by outcome: accepted, refused.", ("outcome",)),
+    # The most of it first: a scrape in between never shows more memory than that.
+    Metric("lora_process_peak_memory_bytes", GAUGE, "The most memory that the process that holds the model has had."),
     Metric("lora_process_resident_memory_bytes", GAUGE, "Memory of the process that holds the model."),
-    Metric("lora_process_peak_memory_bytes", GAUGE, "The most that it was."),
+    Metric("lora_device_peak_memory_bytes", GAUGE, "The most memory in use on a device; on a CPU by the process.", ("device",)),
     Metric("lora_device_memory_bytes", GAUGE, "Memory in use on a device; on a CPU that of the process.", ("device",)),
-    Metric("lora_device_peak_memory_bytes", GAUGE, "The most that it was.", ("device",)),
     Metric("lora_request_log_dropped_total", COUNTER, "Lines of the request log that were dropped because it could not be written in time."),
     # https://github.com/kubernetes-sigs/gateway-api-inference-extension, docs/proposals/003-model-server-protocol
     Metric(
