@@ -98,7 +98,10 @@ class Settings:
     model: str = _setting("smollm2-135m-instruct", _text, "base model: `smollm2-135m-instruct`, a Hugging Face folder, or a hub id")
     cache_dir: pathlib.Path = dataclasses.field(
         default_factory=lambda: pathlib.Path(_default_cache_dir()),
-        metadata={"parse": _path, "help": "converted checkpoints, compiled programs and the catalogue are kept here"},
+        metadata={
+            "parse": _path,
+            "help": "converted checkpoints, compiled programs and the catalogue are kept here; what is compiled is run: nobody else may write to it",
+        },
     )
     host: str = _setting("127.0.0.1", _text, "address that the server listens on")
     http_port: int = _setting(8000, _port, "Triton HTTP port")
