@@ -179,7 +179,8 @@ class NativePacking:
     groups = (QKV, ("o_proj",), GATE_UP, ("down_proj",))
 
     def dense(self, kernels: list[Array] | list[Int8], biases: list[Array | None]) -> PackedDense:
-        axis, bias = 1 if isinstance(kernels[0], Int8) else 0, None  # that of the outputs
+        axis = 1 if isinstance(kernels[0], Int8) else 0  # that of the outputs
+        bias = None
         if any(bias is not None for bias in biases):
             parts = [jnp.zeros(kernel.shape[axis]) if b is None else b.astype(jnp.float32) for kernel, b in zip(kernels, biases)]
             bias = jnp.concatenate(parts)

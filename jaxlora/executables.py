@@ -38,13 +38,14 @@ class Executables:
     """
 
     def __init__(self, folder: pathlib.Path | None, options: Mapping[str, Any], traced_from: Any):
-        self._folder, self._options = folder, dict(options)
+        self._folder = folder
         self._keys: dict[str, str] = {}
         self._data: dict[str, bytes] = {}
         self.new: list[str] = []
         """Names of what `keep` would write."""
         if folder:
-            self._index = folder / f"{_digest(_environment(), _code(), self._options, traced_from)}.json"
+            self._compiled_with = _digest(_environment(), dict(options))
+            self._index = folder / f"{_digest(self._compiled_with, _code(), traced_from)}.json"
             with contextlib.suppress(OSError, ValueError, TypeError):
                 self._keys = dict(json.loads(self._index.read_text(encoding="utf-8")))
 
@@ -62,7 +63,7 @@ class Executables:
         """The program, compiled unless one with the same HLO is kept. Any thread may call it, within `compiling`."""
         if not self._folder:
             return lowered.compile()
-        key = _digest(_environment(), self._options, lowered.as_text())
+        key = _digest(self._compiled_with, lowered.as_text())
         found = self._read(key, lowered.in_tree, lowered.out_tree)
         if not found:
             compiled = lowered.compile()

@@ -49,15 +49,16 @@ def steps(backend: Backend, sizes: Sizes = SIZES) -> list[int]:
     return [*backend.chunk_lengths(chunk), *backend.mixed_lengths(slots, chunk), *backend.batch_sizes(slots)]
 
 
-def prompt(program: Program, length: int) -> Batch:
-    batch = idle_batch(1, length, program.config.vocab_size)
+def filled(program: Program, rows: int, length: int) -> Batch:
+    batch = idle_batch(rows, length, program.config.vocab_size)
     batch.tokens[:], batch.lengths[:], batch.reads[:], batch.emit[:] = np.arange(length) + 3, length, 1, 1
     return batch
 
 
 def answers(program: Program) -> list[bytes]:
-    """The state after prompts of each length, and what came next."""
-    sampled = [program.run(prompt(program, length)) for length in program.chunk_lengths]
+    """The state after prompts of each length and after decode steps of each size, and what came next."""
+    shapes = [(1, length) for length in program.chunk_lengths] + [(rows, 1) for rows in program.batch_sizes]
+    sampled = [program.run(filled(program, *shape)) for shape in shapes]
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((sampled, program.state))]
 
 
@@ -115,11 +116,9 @@ def test_other_code_is_traced_but_what_it_leaves_as_it_was_is_not_compiled(base,
 
 
 @pytest.mark.parametrize("change", [{"max_seq_len": 48}, {"max_lora_rank": 8}])
-def test_other_sizes_are_other_programs(base, backend, kept_in, tmp_path, change):
-    sizes, link = dataclasses.replace(SIZES, **change), tmp_path / "kept"
-    link.symlink_to(kept_in)
-    before = files(kept_in, "json")
-    program, told = warmed_up(base, backend, link, sizes)
+def test_other_sizes_are_other_programs(base, backend, kept_in, change):
+    sizes, before = dataclasses.replace(SIZES, **change), files(kept_in, "json")
+    program, told = warmed_up(base, backend, kept_in, sizes)
     assert len(told) == len(steps(backend, sizes))
     assert answers(program) == answers(warmed_up(base, backend, None, sizes)[0])
     for name in files(kept_in, "json").keys() - before.keys():

@@ -51,7 +51,7 @@ def load(
         path, library = _loaded[0]
         chosen = library.jaxlora_select(isa.encode()).decode()
         if not chosen:
-            return f"this CPU or compiler lacks {isa}" if isa else "this CPU has neither AVX-512 nor AVX2 with FMA"
+            return f"this CPU or compiler lacks {isa}"
         kernels = Kernels(path, chosen, library.jaxlora_threads(), library.jaxlora_panel())
         checked = path.with_suffix(f".{chosen}.checked")
         if not checked.exists():
