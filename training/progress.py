@@ -21,7 +21,8 @@ class Display:
     """
 
     def __init__(self, total: int, done: int, folder: pathlib.Path):
-        self._total, self._last_line, self._started, self._done = total, 0.0, time.monotonic(), done
+        self._total, self._last_line = total, 0.0
+        self._first: tuple[int, float] | None = None
         self._console = Console(file=sys.stderr)
         columns = (
             TextColumn("training"),
@@ -59,10 +60,13 @@ class Display:
             self._bar.update(self._task, completed=entry["step"], numbers=numbers)
             return
         now = time.monotonic()
+        # Time is counted from the end of the first step, which compiled.
+        self._first = self._first or (entry["step"], now)
         if now - self._last_line >= PLAIN_EVERY_S or entry["step"] == self._total:
             self._last_line = now
-            left = (now - self._started) / (entry["step"] - self._done) * (self._total - entry["step"])
-            self.say(f"step {entry['step']}/{self._total}  {numbers}  {left:.0f} s left")
+            first, at = self._first
+            left = (now - at) / max(entry["step"] - first, 1) * (self._total - entry["step"])
+            self.say(f"step {entry['step']}/{self._total}  {numbers}" + (f"  {left:.0f} s left" if entry["step"] > first else ""))
 
     def scores(self, entry: Mapping[str, Any]) -> None:
         """An evaluation."""

@@ -127,6 +127,7 @@ class Trainer:
         self._checkpoints = Checkpoints(folder.checkpoints, options.keep_checkpoints, lambda line: self._say(line))
         self._saved_at = (0, time.monotonic())
         self._signal: int | None = None
+        self._compiled: set[int] = set()
 
     def run(self) -> Outcome:
         """Trains to the end, from the newest checkpoint if there is one.
@@ -210,6 +211,10 @@ class Trainer:
         window = self._method.source.window(done, state.adapter)
         facts = dict(self._method.source.start_metrics(done))
         tokens, scale = facts.pop("tokens", None), float(state.scale)
+        length = max(array.shape[2] for array in window.values() if array.ndim > 2)
+        if length not in self._compiled:
+            self._compiled.add(length)
+            self._say(f"compiling the step for examples of {length} tokens, once (up to a minute)")
         state, report = self.step(state, self._weights, self._reference, self._placed(window), self._key)
         report = jax.device_get(report)
         if not report.finite and (self._options.dtype != "float16" or scale <= 1):

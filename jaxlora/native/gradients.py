@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.native.kernels import Kernels
-from jaxlora.native.operands import Packed, panels
+from jaxlora.native.operands import Packed
 
 Array = jax.Array
 
@@ -43,26 +43,26 @@ def adapted_linear(x: Array, w: Packed, transposed: Packed, a: Array, b: Array, 
         y = frozen_linear(x, w, transposed)
         down = jnp.einsum("mk,rk->mr", x.reshape(-1, w.k), a, precision="highest")
         return y + scale * jnp.einsum("mr,nr->mn", down, b, precision="highest").reshape(y.shape)
-    filling = ((0, -a.shape[0] % 16), (0, 0))
-    a, b = jnp.pad(a, filling), jnp.pad(scale * b.T, filling)  # [ranks, k], [ranks, n]
-    return _adapted(x.reshape(-1, w.k), w, transposed, a, b).reshape(*x.shape[:-1], w.n)
+    return _adapted(scale, x.reshape(-1, w.k), w, transposed, a, b).reshape(*x.shape[:-1], w.n)
 
 
-@jax.custom_vjp
-def _adapted(x: Array, w: Packed, transposed: Packed, a: Array, b: Array) -> Array:
-    return _adapted_forward(x, w, transposed, a, b)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _adapted(scale: float, x: Array, w: Packed, transposed: Packed, a: Array, b: Array) -> Array:
+    return _adapted_forward(scale, x, w, transposed, a, b)[0]
 
 
-def _adapted_forward(x: Array, w: Packed, transposed: Packed, a: Array, b: Array) -> tuple[Array, tuple]:
-    results = [jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32) for width in (w.n, a.shape[0])]
-    y, h = jax.ffi.ffi_call("jaxlora_adapted", results)(x, w.data, a.T, panels(b, w.data.shape[-1]))
+def _adapted_forward(scale: float, x: Array, w: Packed, transposed: Packed, a: Array, b: Array) -> tuple[Array, tuple]:
+    ranks = -(-a.shape[0] // 16) * 16  # filled up to whole vectors
+    results = [jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32) for width in (w.n, ranks)]
+    y, h = jax.ffi.ffi_call("jaxlora_adapted", results)(x, w.data, a, b, scale=np.float32(scale))
     return y, (x, h, transposed, a, b)
 
 
-def _adapted_backward(kept: tuple, slope: Array) -> tuple[Array | None, ...]:
+def _adapted_backward(scale: float, kept: tuple, slope: Array) -> tuple[Array | None, ...]:
     x, h, transposed, a, b = kept
     results = [jax.ShapeDtypeStruct(like.shape, jnp.float32) for like in (x, a, b)]
-    dx, da, db = jax.ffi.ffi_call("jaxlora_adapted_gradient", results)(x, h, transposed.data, panels(a, transposed.data.shape[-1]), b.T, slope)
+    call = jax.ffi.ffi_call("jaxlora_adapted_gradient", results)
+    dx, da, db = call(x, h, transposed.data, a, b, slope, scale=np.float32(scale))
     return dx, None, None, da, db
 
 

@@ -1,14 +1,13 @@
 // A product with frozen weights and one low-rank update for all rows, y = x @ w + (x @ a) @ b, and its gradient: what training needs.
-// Ranks are filled up with zeros to whole vectors, so that they count as columns.
 
 // Rows [begin, end) of y = x @ w for a plain w of few columns, [k, columns].
 void project_rows(const float* x, const float* w, float* y, int64_t k, int64_t columns, int64_t begin, int64_t end) {
   product<false>(end - begin, x + begin * k, k, 1, w, columns, y + begin * columns, columns, k, columns);
 }
 
-// A block of columns of y [ranks, n] = h^T @ x for h [m, ranks] and x [m, n]. Rows of x lie far apart, often in the same sets of a cache,
+// A block of columns of y [ranks, n] = h^T @ x for h [m, h_stride], of which `ranks` columns count, and x [m, n]. Rows of x lie far apart, often in the same sets of a cache,
 // and are read for every tile of ranks: some at a time are copied together.
-void project_columns(const float* h, const float* x, float* y, int64_t m, int64_t ranks, int64_t n, int64_t block) {
+void project_columns(const float* h, int64_t h_stride, const float* x, float* y, int64_t m, int64_t ranks, int64_t n, int64_t block) {
   constexpr int64_t kRows = 64;
   alignas(64) float part[kRows * kProjectedColumns];
   const int64_t first = block * kProjectedColumns, columns = n - first < kProjectedColumns ? n - first : kProjectedColumns;
@@ -20,6 +19,6 @@ void project_columns(const float* h, const float* x, float* y, int64_t m, int64_
       fetch(from + kRows * n, columns);
       for (int64_t c = 0; c < columns; c += kWidth) store(part + i * kProjectedColumns + c, load(from + c));
     }
-    (row ? product<true> : product<false>)(ranks, h + row * ranks, 1, ranks, part, kProjectedColumns, y + first, n, rows, columns);
+    (row ? product<true> : product<false>)(ranks, h + row * h_stride, 1, h_stride, part, kProjectedColumns, y + first, n, rows, columns);
   } while ((row += kRows) < m);
 }

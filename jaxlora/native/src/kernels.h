@@ -151,7 +151,7 @@ struct Kernels {
   void (*linear_bf16)(const Linear&, int64_t begin, int64_t end);
   // Of rows, and of a block of kProjectedColumns columns; the numbers of columns are multiples of 16.
   void (*project_rows)(const float* x, const float* w, float* y, int64_t k, int64_t columns, int64_t begin, int64_t end);
-  void (*project_columns)(const float* h, const float* x, float* y, int64_t m, int64_t ranks, int64_t n, int64_t block);
+  void (*project_columns)(const float* h, int64_t h_stride, const float* x, float* y, int64_t m, int64_t ranks, int64_t n, int64_t block);
   // Null where the instruction set lacks arithmetic on float16. Items as of the others.
   void (*halve_rows)(const float* x, uint32_t* halves, float* scales, int64_t k, int64_t row_begin, int64_t row_end);
   void (*linear_f16)(const LinearF16&, int64_t begin, int64_t end);
