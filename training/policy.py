@@ -4,6 +4,7 @@ Only the adapter gets gradients. Logits never lie in memory for more than a bloc
 """
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -54,7 +55,8 @@ class Policy:
     def __call__(
         self, tokens: Array, segments: Array | None = None, temperature: float = 1.0, wanted: Array | None = None
     ) -> Array:
-        linears = PlainLinears(self.config, None) if self.adapter is None else AdaptedLinears(self, self.adapter)
+        seed = None if self.key is None else jax.random.bits(jax.random.fold_in(self.key, 1), (2,), jnp.uint32)
+        linears = PlainLinears(self.config, None) if self.adapter is None else AdaptedLinears(self, self.adapter, seed)
         hidden = hidden_states(self.config, self.weights, tokens, linears, segments, self._embedded, self.remat, self.machine.attend)
         wanted = jnp.ones_like(tokens) if wanted is None else wanted
         # The state at t - 1 predicts token t.
@@ -86,10 +88,11 @@ class LearningPart:
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedLinears(SeparateLinears):
-    """Implements `jaxlora.model.Linears` for the adapter of a policy, with its noise."""
+    """Implements `jaxlora.model.Linears` for the adapter of a policy, with its noise, which `seed` (uint32 `[2]`) decides; None: without."""
 
     policy: Policy
     adapter: Adapter
+    seed: Array | None
 
     def own(self, layer: int | None) -> LearningPart:
         config = self.policy.config
@@ -98,13 +101,30 @@ class AdaptedLinears(SeparateLinears):
         return LearningPart(self.adapter.of_layer(config, layer), numbers)
 
     def one(self, dense: Any, own: LearningPart, name: str, x: Array) -> Array:
-        key, dropout = self.policy.key, self.policy.noise.dropout
+        dropout = self.policy.noise.dropout
         if name not in own.adapter.a:
             return dense(x)
-        if key is None or not dropout:
+        if self.seed is None or not dropout:
             return self.policy.machine.adapted(dense, own.adapter, name, x)
-        kept = jax.random.bernoulli(jax.random.fold_in(key, own.numbers[name]), 1 - dropout, x.shape)
-        return own.adapter(name, jnp.where(kept, x / (1 - dropout), 0).astype(x.dtype), dense(x))
+        stays = kept(self.seed, own.numbers[name], 1 - dropout, x.shape)
+        return own.adapter(name, jnp.where(stays, x / (1 - dropout), 0).astype(x.dtype), dense(x))
+
+
+def kept(seed: Array, number: Array, share: float, shape: tuple[int, ...]) -> Array:
+    """bool of that shape, each true with probability `share`: a hash of its index, of the number of what draws (uint32) and of a seed (uint32 `[2]`).
+
+    A step of a thousand tokens draws 150 million of them with the default model: `jax.random` took a quarter of the step for that on CPUs, and
+    two thirds of its compilation. The hash is the finalizer of MurmurHash3 (Appleby 2011).
+    """
+    first, second = _mixed(seed[0] ^ number), _mixed(seed[1] + number)
+    index = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+    return _mixed(_mixed(index + first) ^ second) < jnp.uint32(share * (2**32 - 1))
+
+
+def _mixed(x: Array) -> Array:
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def target_log_probs(head: Any, hidden: Array, targets: Array, temperature: Array) -> Array:
