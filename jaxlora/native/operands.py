@@ -70,9 +70,9 @@ def pack_linear(w: np.ndarray | Array | Int8, panel: int, halves: bool = False, 
 def _pack(w: Array, panel: int, dtype: jnp.dtype, transposed: bool) -> Array:
     w = (w.T if transposed else w).astype(dtype)
     if dtype != jnp.bfloat16:
-        return panels(w, panel)
+        return _panels(w, panel)
     pairs = jnp.pad(w, ((0, w.shape[0] % 2), (0, 0))).reshape(-1, 2, w.shape[1]).swapaxes(1, 2)
-    return panels(jax.lax.bitcast_convert_type(pairs, jnp.uint32), panel)
+    return _panels(jax.lax.bitcast_convert_type(pairs, jnp.uint32), panel)
 
 
 @functools.partial(jax.jit, static_argnames="panel")
@@ -82,12 +82,12 @@ def _pack_int8(w: Int8, panel: int) -> Array:
     values = (w.values.astype(jnp.int32) + 128).astype(jnp.uint8)
     values = jnp.pad(values, ((0, -k % GROUP), (0, -n % panel)), constant_values=128)
     quads = values.reshape(-1, GROUP // 4, 4, values.shape[1] // panel, panel).transpose(3, 0, 1, 4, 2)
-    scales = jax.lax.bitcast_convert_type(panels(w.scales, panel), jnp.uint8)
+    scales = jax.lax.bitcast_convert_type(_panels(w.scales, panel), jnp.uint8)
     parts = (part.reshape(*scales.shape[:2], -1) for part in (scales, quads))
     return jnp.concatenate(list(parts), axis=-1)
 
 
-def panels(w: Array, panel: int) -> Array:
+def _panels(w: Array, panel: int) -> Array:
     """[panels, k, panel], from weights [k, n]; what the last panel has more is 0."""
     w = jnp.pad(w, ((0, 0), (0, -w.shape[1] % panel)))
     return w.reshape(w.shape[0], -1, panel).swapaxes(0, 1)

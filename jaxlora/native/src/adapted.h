@@ -5,8 +5,8 @@ void project_rows(const float* x, const float* w, float* y, int64_t k, int64_t c
   product<false>(end - begin, x + begin * k, k, 1, w, columns, y + begin * columns, columns, k, columns);
 }
 
-// A block of columns of y [ranks, n] = h^T @ x for h [m, h_stride], of which `ranks` columns count, and x [m, n]. Rows of x lie far apart, often in the same sets of a cache,
-// and are read for every tile of ranks: some at a time are copied together.
+// A block of columns of y [ranks, n] = h^T @ x for h [m, h_stride], of which `ranks` columns count, and x [m, n]. Rows of x lie far
+// apart, often in the same sets of a cache, and are read for every tile of ranks: some at a time are copied together.
 void project_columns(const float* h, int64_t h_stride, const float* x, float* y, int64_t m, int64_t ranks, int64_t n, int64_t block) {
   constexpr int64_t kRows = 64;
   alignas(64) float part[kRows * kProjectedColumns];
