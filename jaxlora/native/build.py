@@ -21,6 +21,7 @@ SOURCES = pathlib.Path(__file__).parent / "src"
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-w"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
 ISA_FLAGS = {
+    "amxbf16": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"],
     "avx512fp16": [*AVX512, "-mavx512fp16", "-mavx512vnni"],
     "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
     "avx512": AVX512,
@@ -73,7 +74,7 @@ def _sets(command: list[str]) -> dict[str, list[str]]:
     found = {
         isa: flags
         for isa, flags in ISA_FLAGS.items()
-        if all(f"__{flag[2:].upper()}__" in macros for flag in flags if flag.startswith("-m"))
+        if all(f"__{flag[2:].upper().replace('-', '_')}__" in macros for flag in flags if flag.startswith("-m"))
     }
     if not found:
         raise BuildError("this CPU has neither AVX-512 nor AVX2 with FMA")

@@ -25,6 +25,11 @@ class Kernels:
     panel: int
     """Columns of a panel of packed weights."""
 
+    @property
+    def rounds(self) -> bool:
+        """Whether what is multiplied with bfloat16 is rounded to it."""
+        return self.isa in ("amxbf16", "avx512bf16")
+
     def pack_linear(self, w: np.ndarray | Array | Int8, transposed: bool = False) -> Packed:
         """As the function of that name, in the form that is fastest here."""
         return pack_linear(w, self.panel, self.isa == "avx512fp16", transposed)
@@ -39,15 +44,15 @@ class Kernels:
         onto: Array | None = None,
         adapters: LoraRows | None = None,
     ) -> Array:
-        """float32 [..., n] = x [..., k] @ w, in float32; where the weights are bfloat16, `avx512bf16` rounds x to it, and `avx512fp16`
-        adds up in float16, 32 products at a time; where they are int8, x is rounded to that, with a scale for each GROUP of a row.
+        """float32 [..., n] = x [..., k] @ w, in float32; where the weights are bfloat16, `amxbf16` and `avx512bf16` round x to it,
+        and `avx512fp16` adds up in float16, 32 products at a time; where they are int8, x is rounded to that, with a scale for each GROUP of a row.
 
         Arguments:
             norm: float32 scale [k] and epsilon: the `rms_norm` of x is multiplied.
             gated: silu(gate) * up is multiplied, of gate and up side by side in x [..., 2 k] (Shazeer 2020).
             onto: float32 [..., n], what the product is added to. The sum takes its place if donated.
-            adapters: the low-rank updates of the rows. Where the bank is bfloat16, `avx512bf16` rounds what is multiplied, and what lies
-                between A and B, to it.
+            adapters: the low-rank updates of the rows. Where the bank is bfloat16, `amxbf16` and `avx512bf16` round what is multiplied, and
+                what lies between A and B, to it.
         """
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         result = jax.ShapeDtypeStruct((rows.shape[0], w.n), jnp.float32)

@@ -27,7 +27,7 @@ def load(
 
     Arguments:
         build_dir: folder for the compiled library; it may be shared by processes.
-        isa: `avx512fp16`, `avx512bf16`, `avx512` or `avx2`; by default `JAXLORA_NATIVE_ISA` (which may be `none`), or else the best there is.
+        isa: `amxbf16`, `avx512fp16`, `avx512bf16`, `avx512` or `avx2`; by default `JAXLORA_NATIVE_ISA` (which may be `none`), or else the best there is.
         progress: told, in a line, before what takes long.
 
     Returns:

@@ -14,7 +14,7 @@ from . import emulation
 
 emulation.where_asked()
 
-ISAS = ("avx512fp16", "avx512bf16", "avx512", "avx2")
+ISAS = ("amxbf16", "avx512fp16", "avx512bf16", "avx512", "avx2")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ namespace {
 #include "simd.h"
 #include "memory.h"
 #include "linear.h"
+#include "tiles.h"
 #include "halves.h"
 #include "int8.h"
 #include "norm.h"
@@ -31,6 +32,7 @@ namespace {
 #define JAXLORA_TABLE(name)          \
   {name,                             \
    JAXLORA_ISA::kPanel,              \
+   JAXLORA_ISA::kRoundedTo,          \
    JAXLORA_ISA::round_rows,          \
    JAXLORA_ISA::linear_f32,          \
    JAXLORA_ISA::linear_bf16,         \

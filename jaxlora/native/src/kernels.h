@@ -144,7 +144,8 @@ inline int64_t draw_space(int64_t n) {
 struct Kernels {
   const char* name;
   int panel;  // columns of a panel of packed weights
-  // Rows of x as bfloat16 weights need them, padded to an even number of values; null where they stay float32.
+  int rounded_to;  // of how many values rounded rows hold a multiple, filled up with zeros
+  // Rows of x as bfloat16 weights need them; null where they stay float32.
   void (*round_rows)(const float* x, uint16_t* rounded, int64_t k, int64_t row_begin, int64_t row_end);
   // Items of `linear` are (block of kRowBlock rows, panel), panels fastest.
   void (*linear_f32)(const Linear&, int64_t begin, int64_t end);
@@ -183,12 +184,13 @@ struct Kernels {
 };
 
 constexpr int64_t kRowBlock = 128;     // rows of x that are kept in the cache while every panel passes over them
+constexpr int64_t kRowsAtOnce = 16;    // rounded rows are read in so many, so that memory up to a multiple has to be there
 constexpr int64_t kRankBlock = 8;      // ranks of A that one item reads
 constexpr int64_t kColumnBlock = 320;  // columns of B that one item reads
 constexpr int64_t kProjectedColumns = 64;
 constexpr int64_t kTileQueries = 48;   // queries (tokens times heads of a group) that share a pass over keys and values
 constexpr int64_t kMaxHead = 256;      // largest head dimension
 
-extern const Kernels kAvx512Fp16, kAvx512Bf16, kAvx512, kAvx2;
+extern const Kernels kAmxBf16, kAvx512Fp16, kAvx512Bf16, kAvx512, kAvx2;
 
 }  // namespace jaxlora

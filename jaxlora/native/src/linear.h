@@ -180,8 +180,9 @@ INLINE Later share(const Later& later, int64_t i, int64_t n) {
   return {later.from, later.blocks + first, later.count * (i + 1) / n - first};
 }
 
-// body(tile) for items [begin, end) of y [m, n], in tiles of at most kRows rows. A panel has `bytes` and is read in so many steps.
-template <int kRows, typename Body>
+// body(tile) for items [begin, end) of y [m, n], in tiles of at most kRows rows, a multiple of kMultiple of them but for the last. A panel has
+// `bytes` and is read in so many steps.
+template <int kRows, int kMultiple = 1, typename Body>
 INLINE void each_tile(int64_t m, int64_t n, const void* w, int64_t bytes, int64_t steps, const Later& later, int64_t begin, int64_t end,
                       const Body& body) {
   const int64_t panel_count = panels(n), items = (m + kRowBlock - 1) / kRowBlock * panel_count;
@@ -191,10 +192,10 @@ INLINE void each_tile(int64_t m, int64_t n, const void* w, int64_t bytes, int64_
     const int64_t next_step = kPanel * 4 / tiles;
     const char* next = static_cast<const char*>(w) + (panel + 1) * bytes;
     const Later of_item = share(later, item, items);
+    const auto until = [&](int64_t i) { return i < tiles ? (rows * i / tiles + kMultiple - 1) / kMultiple * kMultiple : rows; };
     for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t row = rows * i / tiles;
-      body(Tile{row_begin + row, rows * (i + 1) / tiles - row, panel, next + i * steps * next_step, next_step,
-                share(of_item, i, tiles)});
+      const int64_t row = until(i);
+      body(Tile{row_begin + row, until(i + 1) - row, panel, next + i * steps * next_step, next_step, share(of_item, i, tiles)});
     }
   }
 }
@@ -230,12 +231,18 @@ void linear_f32(const Linear& a, int64_t begin, int64_t end) {
 
 #ifdef __AVX512BF16__
 
+#ifdef __AMX_BF16__
+constexpr int kRoundedTo = 32;  // linear_bf16 is that of tiles.h
+#else
+constexpr int kRoundedTo = 2;
+
 void linear_bf16(const Linear& a, int64_t begin, int64_t end) {
   linear<PairsBf16>(a, (a.k + 1) / 2, begin, end);
 }
+#endif
 
 void round_rows(const float* x, uint16_t* rounded, int64_t k, int64_t row_begin, int64_t row_end) {
-  const int64_t padded = (k + 1) / 2 * 2;
+  const int64_t padded = (k + kRoundedTo - 1) / kRoundedTo * kRoundedTo;
   for (int64_t row = row_begin; row < row_end; ++row) {
     const float* from = x + row * k;
     uint16_t* to = rounded + row * padded;
@@ -245,7 +252,7 @@ void round_rows(const float* x, uint16_t* rounded, int64_t k, int64_t row_begin,
       __builtin_memcpy(to + i, &values, sizeof values);
     }
     for (; i < k; ++i) to[i] = to_bf16(from[i]);
-    if (padded > k) to[k] = 0;
+    for (; i < padded; ++i) to[i] = 0;
   }
 }
 
@@ -283,5 +290,6 @@ void linear_bf16(const Linear& a, int64_t begin, int64_t end) {
 }
 
 constexpr auto round_rows = nullptr;
+constexpr int kRoundedTo = 1;
 
 #endif

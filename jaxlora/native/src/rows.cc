@@ -24,15 +24,17 @@ thread_local Scratch memory;
 }  // namespace
 
 Rows prepare(const Input& input, Forms forms) {
-  const int64_t m = input.m, k = input.k, even = (k + 1) / 2 * 2, groups = (k + kGroup - 1) / kGroup;
+  const int64_t m = input.m, k = input.k, groups = (k + kGroup - 1) / kGroup;
   if (forms.rounded && !active->round_rows) forms.rounded = false, forms.plain = true;
   const bool computed = input.scale || input.gated;
   if (!computed && !forms.rounded && !forms.halves && !forms.quantized) return {input.x};
 
+  const int64_t filled = (k + active->rounded_to - 1) / active->rounded_to * active->rounded_to;
   const auto count = [m](bool wanted, int64_t of_row, size_t bytes) { return wanted ? static_cast<size_t>(m * of_row) * bytes : 0; };
+  const int64_t readable = (kRowsAtOnce - m % kRowsAtOnce) % kRowsAtOnce * filled;  // values behind the last rounded row
   Layout layout;
   const size_t plain = layout.add(count(computed, k, sizeof(float)));
-  const size_t rounded = layout.add(count(forms.rounded, even, sizeof(uint16_t)));
+  const size_t rounded = layout.add(count(forms.rounded, filled, sizeof(uint16_t)) + static_cast<size_t>(readable) * sizeof(uint16_t));
   const size_t halves = layout.add(count(forms.halves, k, sizeof(uint32_t)));
   const size_t quantized = layout.add(count(forms.quantized, groups * kGroup, 1));
   const size_t scales = layout.add(count(forms.halves || forms.quantized, forms.halves ? 1 : groups, sizeof(float)));
@@ -60,7 +62,7 @@ Rows prepare(const Input& input, Forms forms) {
   }
   Rows rows;
   rows.plain = x;
-  if (forms.rounded) rows.rounded = rounded_rows, rows.rounded_stride = even;
+  if (forms.rounded) rows.rounded = rounded_rows, rows.rounded_stride = filled;
   if (forms.halves) rows.halves = halved, rows.scales = of_rows;
   if (forms.quantized) rows.quantized = values, rows.scales = of_rows, rows.offsets = sums;
   return rows;

@@ -1,6 +1,12 @@
 // Which instruction set the kernels are taken from.
 #include <cstring>
 
+#ifdef JAXLORA_AMXBF16
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 #include "pool.h"
 
@@ -26,10 +32,23 @@ bool vnni() {
   return avx512() && __builtin_cpu_supports("avx512vnni");
 }
 
+#ifdef JAXLORA_AMXBF16
+// Linux gives a process its tiles where it asks for them (https://docs.kernel.org/arch/x86/xstate.html).
+bool amx() {
+  constexpr long kAsk = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) && !syscall(SYS_arch_prctl, kAsk, kTileData);
+}
+#endif
+
 // Best first. A set that the compiler or the CPU does not know is left out of the build. On Intel's cores a dot product of bfloat16 pairs
 // takes four times as long as a fused multiply-add (Emerald Rapids: 0.65 and 0.16 ns), so that widening the weights is twice as
 // fast.
 const Isa kIsas[] = {
+#ifdef JAXLORA_AMXBF16
+    {&kAmxBf16, [] { return vnni() && __builtin_cpu_supports("avx512bf16") && amx(); }, [] { return true; }},
+#endif
 #ifdef JAXLORA_AVX512FP16
     {&kAvx512Fp16, [] { return vnni() && __builtin_cpu_supports("avx512fp16"); }, [] { return true; }},
 #endif
