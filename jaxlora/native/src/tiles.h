@@ -1,6 +1,7 @@
 // The same products with bfloat16 weights on CPUs with AMX, Intel's Advanced Matrix Extensions (Intel 64 and IA-32 Architectures
 // Optimization Reference Manual, chapter 20): registers of 16 rows of 64 bytes, and an instruction that multiplies two of them. A panel of
-// packed weights has the form that it takes. A sum runs over k in ascending order, 32 values at a time, whatever the number of rows.
+// packed weights has the form that it takes. A sum runs over k in ascending order, 32 values at a time, whatever the number of rows: those
+// of the even and those of the odd ones of these, in float32, are added to each other and then to what there was.
 
 #ifdef __AMX_BF16__
 
@@ -13,12 +14,13 @@ constexpr int64_t kLineBytes = kPanel * 4;  // from a pair of k to the next one 
 class Tiles {
  public:
   Tiles() {
-    struct {
+    struct alignas(64) {
       uint8_t palette = 1, rest[15] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } shapes;
     for (int i = 0; i < 8; ++i) shapes.row_bytes[i] = 4 * kTile, shapes.rows[i] = kTile;
+    asm volatile("" ::"r"(&shapes) : "memory");  // GCC's intrinsics don't say what they read
     _tile_loadconfig(&shapes);
   }
   ~Tiles() { _tile_release(); }
@@ -58,7 +60,7 @@ INLINE void store_tiles(float* sums) {
     _tile_stored(2, sums + kTile * kPanel, kLineBytes);
     _tile_stored(3, sums + kTile * kPanel + kTile, kLineBytes);
   }
-  asm volatile("" ::: "memory");  // GCC's intrinsics don't say what they write
+  asm volatile("" ::: "memory");  // nor what they write
 }
 
 // Products of up to 16 rows, or up to 32, with the panel that has so many pairs of k. Meanwhile what comes next is fetched, as in `tile`.
@@ -75,10 +77,85 @@ void tiles_of_panel(const uint16_t* x, int64_t stride, const uint32_t* w, int64_
   if (pairs > 0) {
     alignas(64) uint32_t last[kTile * kPanel] = {};
     __builtin_memcpy(last, w, static_cast<size_t>(pairs * kLineBytes));
-    asm volatile("" ::"r"(last) : "memory");  // nor what they read
+    asm volatile("" ::"r"(last) : "memory");
     multiply_tiles<kTwo>(x, stride, last);
   }
   store_tiles<kTwo>(sums);
+}
+
+// Takes numbers below the normal ones as zero, and gives none, while it lives: as those instructions do.
+class FlushDenormals {
+ public:
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  const unsigned before_;
+};
+
+constexpr int kFewRows = 2;  // for which vectors read weights faster than tiles do
+
+// The same for R rows by vectors.
+template <int R, bool kLater>
+void vectors_of_panel(const uint16_t* x, int64_t stride, const uint32_t* w, int64_t pairs, const Tile& t, float* sums) {
+  const FlushDenormals flush;
+  LaterLines lines(t.later, t.next);
+  const char* next = t.next;
+  Vec acc[R][2];
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = zero();
+  for (int64_t begin = 0; begin < pairs; begin += kTile) {
+    Vec even[R][2], odd[R][2];
+    for (int r = 0; r < R; ++r) even[r][0] = even[r][1] = odd[r][0] = odd[r][1] = zero();
+    for (int64_t i = begin, end = begin + kTile < pairs ? begin + kTile : pairs; i < end; ++i, w += kPanel, next += t.next_step) {
+      fetch_step(next);
+      if constexpr (kLater) lines.fetch(next);
+      for (int r = 0; r < R; ++r) {
+        uint32_t pair;
+        __builtin_memcpy(&pair, x + r * stride + 2 * i, sizeof pair);
+        const __m512i both = _mm512_set1_epi32(static_cast<int>(pair));
+        const Vec first = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        const Vec second = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+        for (int v = 0; v < 2; ++v) {
+          even[r][v] = fma(first, even_bf16(w + v * kWidth), even[r][v]);
+          odd[r][v] = fma(second, odd_bf16(w + v * kWidth), odd[r][v]);
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < 2; ++v) acc[r][v] = add(acc[r][v], add(even[r][v], odd[r][v]));
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < 2; ++v) store(sums + r * kPanel + v * kWidth, acc[r][v]);
+}
+
+using OfPanel = void (*)(const uint16_t* x, int64_t stride, const uint32_t* w, int64_t pairs, const Tile& t, float* sums);
+
+template <bool kLater>
+INLINE OfPanel fastest_for(int64_t rows) {
+  static_assert(kFewRows == 2);
+  return rows == 1       ? vectors_of_panel<1, kLater>
+         : rows == 2     ? vectors_of_panel<2, kLater>
+         : rows <= kTile ? tiles_of_panel<false, kLater>
+                         : tiles_of_panel<true, kLater>;
+}
+
+// Some rows of y from their sums.
+INLINE void finish_rows(const Linear& a, const Tile& t, const float* sums) {
+  constexpr int kAtOnce = 8;
+  const float* b = a.update.b + t.panel * a.update.ranks * kPanel;
+  for (int64_t first = 0; first < t.rows; first += kAtOnce, sums += kAtOnce * kPanel) {
+    with_rows<kAtOnce>(t.rows - first < kAtOnce ? t.rows - first : kAtOnce, [&](auto rows) {
+      constexpr int R = decltype(rows)::value;
+      const float* h = a.update.h + (t.row + first) * a.update.ranks;
+      float* y = a.y + (t.row + first) * a.n + t.panel * kPanel;
+      Vec acc[R][2];
+      for (int r = 0; r < R; ++r) acc[r][0] = load(sums + r * kPanel), acc[r][1] = load(sums + r * kPanel + kWidth);
+      for (int64_t i = 0; i < a.update.ranks; ++i) {
+        multiply_add(h + i, a.update.ranks, load(b + i * kPanel), load(b + i * kPanel + kWidth), acc);
+      }
+      for (int r = 0; r < R; ++r) store_columns(y + r * a.n, acc[r], columns_of(a.n, t.panel), a.onto);
+    });
+  }
 }
 
 void linear_bf16(const Linear& a, int64_t begin, int64_t end) {
@@ -88,17 +165,9 @@ void linear_bf16(const Linear& a, int64_t begin, int64_t end) {
   const Tiles tiles;
   alignas(64) float sums[2 * kTile * kPanel];
   each_tile<2 * kTile, kTile>(a.m, a.n, w, values * sizeof *w, pairs, a.later, begin, end, [&](const Tile& t) {
-    const bool later = a.later.count;
-    (t.rows > kTile ? later ? tiles_of_panel<true, true> : tiles_of_panel<true, false>
-     : later        ? tiles_of_panel<false, true>
-                    : tiles_of_panel<false, false>)(x + t.row * stride, stride, w + t.panel * values, pairs, t, sums);
-    const float* b = a.update.b + t.panel * a.update.ranks * kPanel;
-    for (int64_t r = 0; r < t.rows; ++r) {
-      Vec acc[1][2] = {{load(sums + r * kPanel), load(sums + r * kPanel + kWidth)}};
-      const float* h = a.update.h + (t.row + r) * a.update.ranks;
-      for (int64_t i = 0; i < a.update.ranks; ++i) multiply_add(h + i, 0, load(b + i * kPanel), load(b + i * kPanel + kWidth), acc);
-      store_columns(a.y + (t.row + r) * a.n + t.panel * kPanel, acc[0], columns_of(a.n, t.panel), a.onto);
-    }
+    const OfPanel of_panel = a.later.count ? fastest_for<true>(t.rows) : fastest_for<false>(t.rows);
+    of_panel(x + t.row * stride, stride, w + t.panel * values, pairs, t, sums);
+    finish_rows(a, t, sums);
   });
 }
 
