@@ -134,7 +134,8 @@ ffi::Error AdapterWork::read(const Adapters& a, int64_t m, int64_t k, int64_t n)
 
 void AdapterWork::run(const Rows& rows, float* y) const {
   const bool bf16 = type_ == ffi::BF16, int8 = type_ == ffi::S8;
-  const Lora l{bf16 ? rows.of_bf16() : rows.plain,
+  const bool rounded = bf16 && active->lora_rounded;
+  const Lora l{rounded ? static_cast<const void*>(rows.rounded) : rows.plain,
                bank_,
                scratch.reserve(plan_->modules.size() * static_cast<size_t>(m_ * ranks_) * sizeof(float)),
                y,
@@ -148,7 +149,7 @@ void AdapterWork::run(const Rows& rows, float* y) const {
                size_,
                m_,
                k_,
-               bf16 && rows.rounded ? rows.rounded_stride : k_,
+               rounded ? rows.rounded_stride : k_,
                n_,
                ranks_};
   const auto lora_down = int8 ? active->lora_down_i8 : bf16 ? active->lora_down_bf16 : active->lora_down_f32;

@@ -40,7 +40,7 @@ class AdapterWork {
   bool empty() const { return !plan_ || plan_->groups.empty(); }
 
   // Adds the form in which x is read.
-  void want(Forms* forms) const { (type_ == ffi::BF16 ? forms->rounded : forms->plain) = true; }
+  void want(Forms* forms) const { (type_ == ffi::BF16 && active->lora_rounded ? forms->rounded : forms->plain) = true; }
 
   Later later() const { return {bank_, plan_->later.data(), static_cast<int64_t>(plan_->later.size())}; }
 

@@ -33,6 +33,7 @@ namespace {
   {name,                             \
    JAXLORA_ISA::kPanel,              \
    JAXLORA_ISA::kRoundedTo,          \
+   std::is_same_v<JAXLORA_ISA::Bf16Lora::X, uint16_t>, \
    JAXLORA_ISA::round_rows,          \
    JAXLORA_ISA::linear_f32,          \
    JAXLORA_ISA::linear_bf16,         \

@@ -39,7 +39,7 @@ struct WideLora {
   }
 };
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 
 // Dot products of pairs of bfloat16: two values of k, or the same column of two ranks. x and what lies between A and B are rounded.
 struct PairsLora {

@@ -63,15 +63,14 @@ INLINE void store_tiles(float* sums) {
   asm volatile("" ::: "memory");  // nor what they write
 }
 
-// Products of up to 16 rows, or up to 32, with the panel that has so many pairs of k. Meanwhile what comes next is fetched, as in `tile`.
-template <bool kTwo, bool kLater>
+// Products of up to 16 rows, or up to 32, with the panel that has so many pairs of k. Meanwhile what comes next is fetched, as in `tile`, but
+// not what comes later: weights pass through tiles no faster than memory gives them.
+template <bool kTwo>
 void tiles_of_panel(const uint16_t* x, int64_t stride, const uint32_t* w, int64_t pairs, const Tile& t, float* sums) {
-  LaterLines lines(t.later, t.next);
   const char* next = t.next;
   zero_tiles<kTwo>();
   for (; pairs >= kTile; pairs -= kTile, x += kTileDepth, w += kTile * kPanel) {
     for (const char* end = next + kTile * t.next_step; next < end; next += 64) _mm_prefetch(next, _MM_HINT_T1);
-    for (int i = 0; kLater && i < kTile; ++i) lines.fetch(next);
     multiply_tiles<kTwo>(x, stride, w);
   }
   if (pairs > 0) {
@@ -96,10 +95,9 @@ class FlushDenormals {
 constexpr int kFewRows = 2;  // for which vectors read weights faster than tiles do
 
 // The same for R rows by vectors.
-template <int R, bool kLater>
+template <int R>
 void vectors_of_panel(const uint16_t* x, int64_t stride, const uint32_t* w, int64_t pairs, const Tile& t, float* sums) {
   const FlushDenormals flush;
-  LaterLines lines(t.later, t.next);
   const char* next = t.next;
   Vec acc[R][2];
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = zero();
@@ -108,7 +106,6 @@ void vectors_of_panel(const uint16_t* x, int64_t stride, const uint32_t* w, int6
     for (int r = 0; r < R; ++r) even[r][0] = even[r][1] = odd[r][0] = odd[r][1] = zero();
     for (int64_t i = begin, end = begin + kTile < pairs ? begin + kTile : pairs; i < end; ++i, w += kPanel, next += t.next_step) {
       fetch_step(next);
-      if constexpr (kLater) lines.fetch(next);
       for (int r = 0; r < R; ++r) {
         uint32_t pair;
         __builtin_memcpy(&pair, x + r * stride + 2 * i, sizeof pair);
@@ -130,13 +127,12 @@ void vectors_of_panel(const uint16_t* x, int64_t stride, const uint32_t* w, int6
 
 using OfPanel = void (*)(const uint16_t* x, int64_t stride, const uint32_t* w, int64_t pairs, const Tile& t, float* sums);
 
-template <bool kLater>
 INLINE OfPanel fastest_for(int64_t rows) {
   static_assert(kFewRows == 2);
-  return rows == 1       ? vectors_of_panel<1, kLater>
-         : rows == 2     ? vectors_of_panel<2, kLater>
-         : rows <= kTile ? tiles_of_panel<false, kLater>
-                         : tiles_of_panel<true, kLater>;
+  return rows == 1       ? vectors_of_panel<1>
+         : rows == 2     ? vectors_of_panel<2>
+         : rows <= kTile ? tiles_of_panel<false>
+                         : tiles_of_panel<true>;
 }
 
 // Some rows of y from their sums.
@@ -164,9 +160,8 @@ void linear_bf16(const Linear& a, int64_t begin, int64_t end) {
   const auto* x = static_cast<const uint16_t*>(a.x);
   const Tiles tiles;
   alignas(64) float sums[2 * kTile * kPanel];
-  each_tile<2 * kTile, kTile>(a.m, a.n, w, values * sizeof *w, pairs, a.later, begin, end, [&](const Tile& t) {
-    const OfPanel of_panel = a.later.count ? fastest_for<true>(t.rows) : fastest_for<false>(t.rows);
-    of_panel(x + t.row * stride, stride, w + t.panel * values, pairs, t, sums);
+  each_tile<2 * kTile, kTile>(a.m, a.n, w, values * sizeof *w, pairs, {}, begin, end, [&](const Tile& t) {
+    fastest_for(t.rows)(x + t.row * stride, stride, w + t.panel * values, pairs, t, sums);
     finish_rows(a, t, sums);
   });
 }
