@@ -19,6 +19,9 @@
 #ifdef EMULATE_FP16
 #define __AVX512FP16__ 1
 #endif
+#ifdef EMULATE_AMX
+#define __AMX_BF16__ 1
+#endif
 
 namespace emulated {
 namespace {
@@ -207,6 +210,42 @@ __m256bh cvtneps_pbh(__m512 v) {
   }));
 }
 
+// A tile holds as many rows and bytes of one as its configuration says, the rest is zero.
+thread_local uint8_t tile[8][16][64], tile_rows[8];
+thread_local uint16_t tile_bytes[8];
+void tile_zero(int i) { std::memset(tile[i], 0, sizeof tile[i]); }
+void tile_release() {
+  for (int i = 0; i < 8; ++i) tile_zero(i), tile_rows[i] = 0, tile_bytes[i] = 0;
+}
+void tile_loadconfig(const void* p) {
+  tile_release();
+  const auto* bytes = static_cast<const uint8_t*>(p);
+  for (int i = 0; i < 8; ++i) tile_bytes[i] = read<uint16_t>(bytes + 16 + 2 * i), tile_rows[i] = bytes[48 + i];
+}
+void tile_loadd(int i, const void* p, int64_t stride) {
+  tile_zero(i);
+  for (int row = 0; row < tile_rows[i]; ++row) std::memcpy(tile[i][row], static_cast<const char*>(p) + row * stride, tile_bytes[i]);
+}
+void tile_stored(int i, void* p, int64_t stride) {
+  for (int row = 0; row < tile_rows[i]; ++row) std::memcpy(static_cast<char*>(p) + row * stride, tile[i][row], tile_bytes[i]);
+}
+void tile_dpbf16ps(int c, int a, int b) {
+  const auto product = [](float x, const uint8_t* y, const uint8_t* z) {
+    return normal(std::fma(of_bf16(read<uint16_t>(y)), of_bf16(read<uint16_t>(z)), x));
+  };
+  for (int row = 0; row < tile_rows[c]; ++row) {
+    for (int column = 0; 4 * column < tile_bytes[c]; ++column) {
+      float even = 0, odd = 0;
+      for (int k = 0; 4 * k < tile_bytes[a]; ++k) {
+        const uint8_t *x = tile[a][row] + 4 * k, *w = tile[b][k] + 4 * column;
+        even = product(even, x, w), odd = product(odd, x + 2, w + 2);
+      }
+      uint8_t* to = tile[c][row] + 4 * column;
+      write(to, normal(normal(read<float>(to)) + normal(even + odd)));
+    }
+  }
+}
+
 __m512 cvtxph_ps(__m256h v) {
   const auto from = as<HalfHalves>(v);
   return lanes<Floats>([&](int i) { return static_cast<float>(from[i]); });
@@ -280,3 +319,9 @@ __m512h fmadd_ph(__m512h a, __m512h b, __m512h c) {  // a double holds product a
 #define _mm512_unpacklo_epi16 emulated::unpacklo_epi16
 #define _mm256_castph_si256 emulated::castph_si256
 #define _mm256_castsi256_ph emulated::castsi256_ph
+#define _tile_dpbf16ps emulated::tile_dpbf16ps
+#define _tile_loadconfig emulated::tile_loadconfig
+#define _tile_loadd emulated::tile_loadd
+#define _tile_release emulated::tile_release
+#define _tile_stored emulated::tile_stored
+#define _tile_zero emulated::tile_zero

@@ -9,6 +9,7 @@ from jaxlora.native import build
 _HEADER = pathlib.Path(__file__).with_name("avx512.h")
 _AVX512 = [*build.ISA_FLAGS["avx2"], "-mf16c", "-O1", "-include", str(_HEADER)]  # the usual -O3 compiles it for minutes
 _EMULATED = {
+    "amxbf16": [*_AVX512, "-DEMULATE_AMX", "-DEMULATE_BF16", "-DEMULATE_VNNI"],
     "avx512fp16": [*_AVX512, "-DEMULATE_FP16", "-DEMULATE_VNNI"],
     "avx512bf16": [*_AVX512, "-DEMULATE_BF16", "-DEMULATE_VNNI"],
     "avx512": _AVX512,

@@ -32,6 +32,13 @@ def test_a_row_of_linear_is_bitwise_the_same_beside_any_number_of_rows(kernels: 
     assert same_bits(kernels.linear(x[7:50], w)[:20], alone[7:27])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_is_so_among_the_smallest_numbers(kernels: native.Kernels, dtype: str) -> None:
+    x, w = normal(0, 20, 75) * 1e-19, kernels.pack_linear(jnp.asarray(normal(1, 75, 40) * 1e-20, dtype))
+    whole = kernels.linear(x, w)
+    assert all(same_bits(kernels.linear(x[i : i + m], w), whole[i : i + m]) for m in (1, 2, 3) for i in range(17))
+
+
 def test_linear_keeps_leading_dimensions(kernels: native.Kernels) -> None:
     x, w = normal(0, 2, 3, 8), kernels.pack_linear(normal(1, 8, 5))
     assert same_bits(kernels.linear(x, w), kernels.linear(x.reshape(6, 8), w).reshape(2, 3, 5))

@@ -30,7 +30,13 @@ def test_a_second_build_takes_the_library_that_is_there(kernels: native.Kernels,
 @pytest.mark.skipif("EMULATE_AVX512" in os.environ, reason="there every set is built")
 def test_the_instruction_sets_of_this_cpu_are_built_and_no_others(kernels: native.Kernels, build_dir: pathlib.Path) -> None:
     library, flags = build.library(build_dir).read_bytes(), pathlib.Path("/proc/cpuinfo").read_text().split()
-    wanted = {"amxbf16": {"amx_bf16", "avx512_bf16"}, "avx512fp16": {"avx512_fp16"}, "avx512bf16": {"avx512_bf16"}, "avx512": {"avx512f", "avx512dq"}, "avx2": {"avx2", "fma"}}
+    wanted = {
+        "amxbf16": {"amx_bf16", "avx512_bf16"},
+        "avx512fp16": {"avx512_fp16"},
+        "avx512bf16": {"avx512_bf16"},
+        "avx512": {"avx512f", "avx512dq"},
+        "avx2": {"avx2", "fma"},
+    }
     for isa, needs in wanted.items():
         known = subprocess.run([*build.compiler(), *build.ISA_FLAGS[isa], "-E", "-x", "c++", os.devnull], capture_output=True).returncode == 0
         assert (isa.encode() + b"\0" in library) == (known and needs <= set(flags)), isa

@@ -165,5 +165,6 @@ def test_it_takes_no_more_when_it_is_told_to_stop_and_ends_what_takes_longer_tha
     with pytest.raises(Refused, match=r"UNAVAILABLE: the server is shutting down, and its grace period of 3 s \(GRACE_S\) is over"):
         list(long)
     assert command.process.wait(30) == 0
-    assert re.search("(1 request is|2 requests are) being finished, for 3 s at most", command.printed())
+    # The short one may have ended by then, and one of those that were to be refused may have come before.
+    assert re.search("(1 request is|[23] requests are) being finished, for 3 s at most", command.printed())
     assert {line["reason"] for line in command.requests()[-4:]} >= {"shutting_down", "length"}

@@ -82,22 +82,11 @@ void tiles_of_panel(const uint16_t* x, int64_t stride, const uint32_t* w, int64_
   store_tiles<kTwo>(sums);
 }
 
-// Takes numbers below the normal ones as zero, and gives none, while it lives: as those instructions do.
-class FlushDenormals {
- public:
-  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON); }
-  ~FlushDenormals() { _mm_setcsr(before_); }
-
- private:
-  const unsigned before_;
-};
-
 constexpr int kFewRows = 2;  // for which vectors read weights faster than tiles do
 
-// The same for R rows by vectors.
+// The same for R rows by vectors. (Tiles take numbers below the normal ones as zero, and so do the threads that get here.)
 template <int R>
 void vectors_of_panel(const uint16_t* x, int64_t stride, const uint32_t* w, int64_t pairs, const Tile& t, float* sums) {
-  const FlushDenormals flush;
   const char* next = t.next;
   Vec acc[R][2];
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = zero();
