@@ -27,7 +27,7 @@ class Kernels:
 
     @property
     def rounds(self) -> bool:
-        """Whether what is multiplied with bfloat16 is rounded to it."""
+        """Whether what is multiplied with bfloat16 weights is rounded to it."""
         return self.isa in ("amxbf16", "avx512bf16")
 
     def pack_linear(self, w: np.ndarray | Array | Int8, transposed: bool = False) -> Packed:
@@ -51,8 +51,8 @@ class Kernels:
             norm: float32 scale [k] and epsilon: the `rms_norm` of x is multiplied.
             gated: silu(gate) * up is multiplied, of gate and up side by side in x [..., 2 k] (Shazeer 2020).
             onto: float32 [..., n], what the product is added to. The sum takes its place if donated.
-            adapters: the low-rank updates of the rows. Where the bank is bfloat16, `amxbf16` and `avx512bf16` round what is multiplied, and
-                what lies between A and B, to it.
+            adapters: the low-rank updates of the rows. Where the bank is bfloat16, `avx512bf16` rounds what is multiplied, and what lies
+                between A and B, to it.
         """
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         result = jax.ShapeDtypeStruct((rows.shape[0], w.n), jnp.float32)

@@ -7,7 +7,7 @@
 
 constexpr int64_t kTile = 16;              // rows of a tile, and float32 values in one
 constexpr int64_t kTileDepth = 2 * kTile;  // values of k that two tiles multiply
-static_assert(kRoundedTo == kTileDepth);
+static_assert(kRoundedTo == kTileDepth && kRowsAtOnce == kTile);
 constexpr int64_t kLineBytes = kPanel * 4;  // from a pair of k to the next one in a panel
 
 // Lets this thread use whole tiles while it lives.
@@ -82,9 +82,7 @@ void tiles_of_panel(const uint16_t* x, int64_t stride, const uint32_t* w, int64_
   store_tiles<kTwo>(sums);
 }
 
-constexpr int kFewRows = 2;  // for which vectors read weights faster than tiles do
-
-// The same for R rows by vectors. (Tiles take numbers below the normal ones as zero, and so do the threads that get here.)
+// The same for R rows by vectors, which read weights faster than tiles do. (Tiles take numbers below the normal ones as zero, and so do the threads that get here.)
 template <int R>
 void vectors_of_panel(const uint16_t* x, int64_t stride, const uint32_t* w, int64_t pairs, const Tile& t, float* sums) {
   const char* next = t.next;
@@ -117,7 +115,6 @@ void vectors_of_panel(const uint16_t* x, int64_t stride, const uint32_t* w, int6
 using OfPanel = void (*)(const uint16_t* x, int64_t stride, const uint32_t* w, int64_t pairs, const Tile& t, float* sums);
 
 INLINE OfPanel fastest_for(int64_t rows) {
-  static_assert(kFewRows == 2);
   return rows == 1       ? vectors_of_panel<1>
          : rows == 2     ? vectors_of_panel<2>
          : rows <= kTile ? tiles_of_panel<false>
