@@ -25,11 +25,6 @@ class Kernels:
     panel: int
     """Columns of a panel of packed weights."""
 
-    @property
-    def rounds(self) -> bool:
-        """Whether what is multiplied with bfloat16 weights is rounded to it."""
-        return self.isa in ("amxbf16", "avx512bf16")
-
     def pack_linear(self, w: np.ndarray | Array | Int8, transposed: bool = False) -> Packed:
         """As the function of that name, in the form that is fastest here."""
         return pack_linear(w, self.panel, self.isa == "avx512fp16", transposed)

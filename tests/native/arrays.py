@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 DTYPES = ("float32", "bfloat16")
+ROUNDING = ("amxbf16", "avx512bf16")  # these round to bfloat16 what is multiplied with weights of it
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

@@ -12,7 +12,7 @@ bool trains_with(const ffi::AnyBuffer& w) {
 
 // Ranks filled up with zeros to whole vectors, so that they count as columns.
 int64_t padded(int64_t ranks) {
-  return (ranks + 15) / 16 * 16;
+  return filled_up(ranks, 16);
 }
 
 // Whether an adapter is a [ranks, k] and b [n, ranks], as they lie in a file, and h [m, padded ranks].

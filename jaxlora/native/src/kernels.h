@@ -184,6 +184,11 @@ struct Kernels {
   void (*swiglu)(const float* x, float* y, int64_t n, int64_t begin, int64_t end);
 };
 
+// n, or the next multiple above it. Not `inline`: each instruction set has its own.
+static int64_t filled_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
 constexpr int64_t kRowBlock = 128;     // rows of x that are kept in the cache while every panel passes over them
 constexpr int64_t kRowsAtOnce = 16;    // rounded rows are read in so many, so that memory up to a multiple has to be there
 constexpr int64_t kRankBlock = 8;      // ranks of A that one item reads

@@ -192,7 +192,7 @@ INLINE void each_tile(int64_t m, int64_t n, const void* w, int64_t bytes, int64_
     const int64_t next_step = kPanel * 4 / tiles;
     const char* next = static_cast<const char*>(w) + (panel + 1) * bytes;
     const Later of_item = share(later, item, items);
-    const auto until = [&](int64_t i) { return i < tiles ? (rows * i / tiles + kMultiple - 1) / kMultiple * kMultiple : rows; };
+    const auto until = [&](int64_t i) { return i < tiles ? filled_up(rows * i / tiles, kMultiple) : rows; };
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t row = until(i);
       body(Tile{row_begin + row, until(i + 1) - row, panel, next + i * steps * next_step, next_step, share(of_item, i, tiles)});
@@ -242,7 +242,7 @@ void linear_bf16(const Linear& a, int64_t begin, int64_t end) {
 #endif
 
 void round_rows(const float* x, uint16_t* rounded, int64_t k, int64_t row_begin, int64_t row_end) {
-  const int64_t padded = (k + kRoundedTo - 1) / kRoundedTo * kRoundedTo;
+  const int64_t padded = filled_up(k, kRoundedTo);
   for (int64_t row = row_begin; row < row_end; ++row) {
     const float* from = x + row * k;
     uint16_t* to = rounded + row * padded;

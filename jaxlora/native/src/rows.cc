@@ -29,12 +29,11 @@ Rows prepare(const Input& input, Forms forms) {
   const bool computed = input.scale || input.gated;
   if (!computed && !forms.rounded && !forms.halves && !forms.quantized) return {input.x};
 
-  const int64_t filled = (k + active->rounded_to - 1) / active->rounded_to * active->rounded_to;
+  const int64_t filled = filled_up(k, active->rounded_to), readable = forms.rounded ? filled_up(m, kRowsAtOnce) : 0;
   const auto count = [m](bool wanted, int64_t of_row, size_t bytes) { return wanted ? static_cast<size_t>(m * of_row) * bytes : 0; };
-  const int64_t readable = (kRowsAtOnce - m % kRowsAtOnce) % kRowsAtOnce * filled;  // values behind the last rounded row
   Layout layout;
   const size_t plain = layout.add(count(computed, k, sizeof(float)));
-  const size_t rounded = layout.add(count(forms.rounded, filled, sizeof(uint16_t)) + static_cast<size_t>(readable) * sizeof(uint16_t));
+  const size_t rounded = layout.add(static_cast<size_t>(readable * filled) * sizeof(uint16_t));
   const size_t halves = layout.add(count(forms.halves, k, sizeof(uint32_t)));
   const size_t quantized = layout.add(count(forms.quantized, groups * kGroup, 1));
   const size_t scales = layout.add(count(forms.halves || forms.quantized, forms.halves ? 1 : groups, sizeof(float)));

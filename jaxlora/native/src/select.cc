@@ -27,7 +27,7 @@ bool avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
 
-// All CPUs that have one of the next two have it.
+// All CPUs that have one of the first three sets have it.
 bool vnni() {
   return avx512() && __builtin_cpu_supports("avx512vnni");
 }

@@ -141,7 +141,7 @@ INLINE void finish_rows(const Linear& a, const Tile& t, const float* sums) {
 }
 
 void linear_bf16(const Linear& a, int64_t begin, int64_t end) {
-  const int64_t pairs = (a.k + 1) / 2, stride = (a.k + kTileDepth - 1) / kTileDepth * kTileDepth, values = pairs * kPanel;
+  const int64_t pairs = (a.k + 1) / 2, stride = filled_up(a.k, kRoundedTo), values = pairs * kPanel;
   const auto* w = static_cast<const uint32_t*>(a.w);
   const auto* x = static_cast<const uint16_t*>(a.x);
   const Tiles tiles;
