@@ -20,6 +20,7 @@ from jaxlora.config import ModelConfig
 from jaxlora.int8 import Int8
 from jaxlora.kv_cache import Rows
 from jaxlora.lora import Bank, BankLayout, RowAdapters
+from jaxlora.lora_size import fill_up
 from jaxlora.model import GATE_UP, QKV, Attend, Elements, Gated, Input, Linears, Normed, PlainElements, PlainLinears, heads
 from jaxlora.weights import Layer, Packing, PlainPacking
 
@@ -45,14 +46,17 @@ class Backend(Elements, Protocol):
         """The numbers of tokens that a step may have whose rows have any number of them each: parts of prompts, and single tokens of
         answers. Ascending; none where that is not possible."""
 
-    def bank_ranks(self, rank: int, max_rank: int) -> int:
+    write_adapter: lora.Write
+    """How A and B of a module lie in the bank."""
+
+    def bank_ranks(self, layout: BankLayout, rank: int) -> int:
         """How many ranks an adapter of that rank has to fill in the bank."""
 
     def piece(self, layout: BankLayout) -> int:
         """Values of an adapter that `place` takes at a time."""
 
-    def place(self, layout: BankLayout, bank: Bank, piece: Array, slot: Array, rank: Array, first: Array) -> Bank:
-        """The bank with a piece of an adapter, packed for its `bank_ranks`, in a slot: from its value `first` on."""
+    def place(self, bank: Bank, piece: Array, slot: Array, ranks: Array, first: Array) -> Bank:
+        """The bank with a piece of an adapter, packed for so many ranks, in a slot: from its value `first` on."""
 
     def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array, rows: Rows) -> Linears:
         """The model's linear layers with the adapter of bank slot `row_slots[b]` (int32 `[B]`, -1: none) applied to row b."""
@@ -81,6 +85,7 @@ class XlaBackend(PlainElements):
     name = "xla"
     cut_invariant = False
     draw = staticmethod(native.twin_draw)
+    write_adapter = staticmethod(lora.write_ranks)
 
     @property
     def dtype(self) -> str:
@@ -99,14 +104,14 @@ class XlaBackend(PlainElements):
     def mixed_lengths(self, slots: int, chunk: int) -> tuple[int, ...]:
         return ()
 
-    def bank_ranks(self, rank: int, max_rank: int) -> int:
-        return max_rank  # rows compute with all of them
+    def bank_ranks(self, layout: BankLayout, rank: int) -> int:
+        return layout.max_rank  # rows compute with all of them
 
     def piece(self, layout: BankLayout) -> int:
         return layout.size
 
-    def place(self, layout: BankLayout, bank: Bank, piece: Array, slot: Array, rank: Array, first: Array) -> Bank:
-        return lora.put(bank, piece, slot, rank)
+    def place(self, bank: Bank, piece: Array, slot: Array, ranks: Array, first: Array) -> Bank:
+        return lora.put(bank, piece, slot, ranks)
 
     def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array, rows: Rows) -> Linears:
         return PlainLinears(config, RowAdapters(layout, bank, row_slots))
@@ -203,6 +208,7 @@ class NativeBackend:
     dtype = "bfloat16"
     cut_invariant = True
     draw = staticmethod(native.Kernels.draw)
+    write_adapter = staticmethod(native.pack_lora)
 
     @property
     def packing(self) -> NativePacking:
@@ -228,15 +234,14 @@ class NativeBackend:
         most = max(chunk, slots + chunk // 4)  # where all slots but one generate, a prompt is still read on
         return tuple(sorted({max(-(-most * quarters // 4), 2) for quarters in (1, 2, 3, 4)}))
 
-    def bank_ranks(self, rank: int, max_rank: int) -> int:
-        return min(rank, max_rank)  # the kernel reads no others
+    def bank_ranks(self, layout: BankLayout, rank: int) -> int:
+        return min(fill_up(rank), layout.max_rank)  # the kernel reads no others
 
     def piece(self, layout: BankLayout) -> int:
         return min(PIECE, layout.size)
 
-    def place(self, layout: BankLayout, bank: Bank, piece: Array, slot: Array, rank: Array, first: Array) -> Bank:
-        data = native.Kernels.place(bank.data, piece, slot, rank, first, offsets=layout.offsets, max_rank=layout.max_rank)
-        return Bank(data, bank.ranks.at[slot].set(rank))
+    def place(self, bank: Bank, piece: Array, slot: Array, ranks: Array, first: Array) -> Bank:
+        return Bank(native.Kernels.place(bank.data, piece, slot, first), bank.ranks.at[slot].set(ranks))
 
     def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array, rows: Rows) -> Linears:
         return NativeLinears(layout, bank, row_slots, rows)

@@ -5,7 +5,7 @@ Knows arrays and module paths; knows no file format and no adapter names.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import jax
@@ -17,6 +17,7 @@ from jax import Array
 from jaxlora.config import OUTPUT_LAYER, LinearAt, ModelConfig
 from jaxlora.int8 import quantize_ranks
 from jaxlora.int8_size import SCALE_BYTES
+from jaxlora.lora_size import fill_up
 from jaxlora.updates import update_slice
 
 
@@ -69,8 +70,9 @@ class Adapter:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Where one module lies in a bank slot: A as `[max_rank, in]` at `a_offset`, scale-folded B as `[max_rank, out]` at `b_offset`. In a
-    bank of int8 the bytes of `[max_rank]` float32 follow at `scales_offset`: by how much a rank of A times that of B is to be multiplied."""
+    """Where one module lies in a bank slot, in values for each of an adapter's ranks: A [in] from `a_offset` on, scale-folded B [out] from
+    `b_offset` on. In a bank of int8 the bytes of a float32 follow at `scales_offset`: by how much a rank of A times that of B is to be
+    multiplied."""
 
     a_offset: int
     b_offset: int
@@ -79,12 +81,24 @@ class Span:
     out_features: int
 
 
+# Writes A [r, in] and B [out, r] of a module into their rooms, [ranks * in] and [ranks * out filled up to LORA_UNIT] zeros.
+Write = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
+
+
+def write_ranks(a: np.ndarray, b: np.ndarray, a_room: np.ndarray, b_room: np.ndarray) -> None:
+    """One rank after the other, as `RowAdapters` reads them."""
+    (rank, k), n = a.shape, len(b)
+    a_room[: rank * k].reshape(rank, k)[:] = a
+    b_room[: rank * n].reshape(rank, n)[:] = b.T
+
+
 @dataclasses.dataclass(frozen=True)
 class BankLayout:
-    """One adapter as one flat vector, the same for every adapter: loading one is a single copy, and its memory is one number. Layers
-    lie one behind the other and look the same inside, the output layer is the last."""
+    """One adapter as one flat vector: loading one is a single copy, and its memory is one number. It takes as much of a slot as it has ranks.
+    Layers lie one behind the other and look the same inside, the output layer is the last."""
 
     max_rank: int
+    """Of the adapters that a slot has room for, a multiple of LORA_UNIT."""
     dtype: np.dtype
     """float32, bfloat16 or int8."""
     spans: tuple[tuple[str, Span], ...]
@@ -93,7 +107,8 @@ class BankLayout:
     """By the name of a linear layer, with offsets from where its decoder layer (or the output layer) begins."""
     starts: tuple[tuple[int | None, int], ...]
     """Where each layer begins, None being the output layer."""
-    size: int
+    of_rank: int
+    """Values that a rank takes."""
 
     @classmethod
     def of(cls, config: ModelConfig, max_rank: int, dtype: str, output_layer: bool = False) -> "BankLayout":
@@ -107,10 +122,15 @@ class BankLayout:
             if path == OUTPUT_LAYER and not output_layer:
                 continue
             start = starts.setdefault(at.layer, offset)
-            inside.setdefault(at.name, _span(at, offset - start, max_rank))
-            spans[path] = _span(at, offset, max_rank)
-            offset = spans[path].scales_offset + max_rank * (SCALE_BYTES if kind == np.int8 else 0)
-        return cls(max_rank, kind, tuple(spans.items()), tuple(inside.items()), tuple(starts.items()), offset)
+            inside.setdefault(at.name, _span(at, offset - start))
+            spans[path] = _span(at, offset)
+            offset = spans[path].scales_offset + (SCALE_BYTES if kind == np.int8 else 0)
+        return cls(fill_up(max_rank), kind, tuple(spans.items()), tuple(inside.items()), tuple(starts.items()), offset)
+
+    @property
+    def size(self) -> int:
+        """Values of a slot."""
+        return self.max_rank * self.of_rank
 
     @functools.cached_property
     def by_path(self) -> dict[str, Span]:
@@ -121,43 +141,37 @@ class BankLayout:
         return dict(self.inside)
 
     def start(self, layer: int | None) -> np.int32:
-        """Where the layer begins in a slot; its end, if the layer has no place in the bank."""
-        return np.int32(dict(self.starts).get(layer, self.size))
+        """Where the layer begins, in values for each rank; the end, if it has no place in the bank."""
+        return np.int32(dict(self.starts).get(layer, self.of_rank))
 
-    @functools.cached_property
-    def offsets(self) -> tuple[int, ...]:
-        """Where each A, B and scales begin, in their order in a slot, and where the last ones end."""
-        parts = (part for _, span in self.spans for part in (span.a_offset, span.b_offset, span.scales_offset))
-        return (*parts, self.size)
-
-    def pack(self, modules: Mapping[str, Pair], ranks: int, piece: int) -> np.ndarray:
-        """An adapter as the layout for so many ranks has it, `[n]`; what it doesn't have is zero, and so is the end, up to whole pieces.
+    def pack(self, modules: Mapping[str, Pair], ranks: int, piece: int, write: Write = write_ranks) -> np.ndarray:
+        """An adapter for so many ranks, a multiple of LORA_UNIT, `[n]`; what it doesn't have is zero, and so is the end, up to whole pieces.
 
         Raises:
             ValueError: a module has a higher rank.
         """
-        size = self.size // self.max_rank * ranks
-        out = np.zeros(-(-size // piece) * piece, self.dtype)
+        out = np.zeros(-(-self.of_rank * ranks // piece) * piece, self.dtype)
         for path, pair in modules.items():
             span, rank = self.by_path[path], pair.a.shape[0]
             if rank > ranks:
                 raise ValueError(f"{path} has rank {rank}, there is room for {ranks}")
-            scaled = pair.b if pair.scale == 1 else pair.b.astype(np.float32) * np.float32(pair.scale)
-            # Cast as it lies: NumPy casts what is transposed five times as slowly.
-            parts = quantize_ranks(pair.a, scaled.T) if self.dtype == np.int8 else (pair.a, scaled.astype(self.dtype, copy=False).T)
-            for offset, part in zip((span.a_offset, span.b_offset, span.scales_offset), parts):
-                out[offset // self.max_rank * ranks :][: part.size].reshape(rank, -1)[:] = part
+            a, b = pair.a, pair.b if pair.scale == 1 else pair.b.astype(np.float32) * np.float32(pair.scale)
+            if self.dtype == np.int8:
+                a, ranks_of_b, scales = quantize_ranks(a, b.T)
+                b = ranks_of_b.T
+                out[ranks * span.scales_offset :][: scales.size] = scales.ravel()
+            write(a, b, out[ranks * span.a_offset : ranks * span.b_offset], out[ranks * span.b_offset : ranks * span.scales_offset])
         return out
 
 
-def _span(at: LinearAt, offset: int, max_rank: int) -> Span:
-    b_offset = offset + max_rank * at.in_features
-    return Span(offset, b_offset, b_offset + max_rank * at.out_features, at.in_features, at.out_features)
+def _span(at: LinearAt, offset: int) -> Span:
+    b_offset = offset + at.in_features
+    return Span(offset, b_offset, b_offset + fill_up(at.out_features), at.in_features, at.out_features)
 
 
 @struct.dataclass
 class Bank:
-    """The adapters on the device: `data` is `[slots, layout.size]`, `ranks` int32 `[slots]` is 0 for an empty slot."""
+    """The adapters on the device: `data` is `[slots, layout.size]`, `ranks` int32 `[slots]` says for how many ranks a slot is packed."""
 
     data: Array
     ranks: Array
@@ -194,20 +208,21 @@ class RowAdapters:
         span = self.layout.by_name.get(name)
         if span is None:
             return y
-        a = self._rows(span.a_offset, self.layout.max_rank, span.in_features)
-        b = self._rows(span.b_offset, self.layout.max_rank, span.out_features)
+        a, b = self._rows(span.a_offset, span.in_features), self._rows(span.b_offset, span.out_features)
         x = x.reshape(self.slots.shape[0], -1, x.shape[-1])
         down = jnp.einsum("btk,brk->btr", x, a.astype(x.dtype), precision="highest")
         if self.layout.dtype == jnp.int8:
-            scales = self._rows(span.scales_offset, self.layout.max_rank, SCALE_BYTES)
+            scales = self._rows(span.scales_offset, SCALE_BYTES)
             down *= jax.lax.bitcast_convert_type(scales, jnp.float32)[:, None].astype(x.dtype)
         up = jnp.einsum("btr,brn->btn", down, b.astype(x.dtype), precision="highest")
         return jnp.where((self.slots >= 0).reshape(-1, *[1] * (y.ndim - 1)), y + up.reshape(y.shape), y)
 
-    def _rows(self, offset: int, ranks: int, width: int) -> Array:
-        """`[B, ranks, width]` from there in every row's slot. One gather: a slice of the bank would be a copy on CPUs."""
+    def _rows(self, offset: int, width: int) -> Array:
+        """`[B, max_rank, width]` from there in every row's slot. One gather: a slice of the bank would be a copy on CPUs."""
+        ranks = self.layout.max_rank
 
         def row(slot: Array) -> Array:
-            return jax.lax.dynamic_slice(self.bank.data, (slot, self.start + offset), (1, ranks * width)).reshape(ranks, width)
+            begin = ranks * (self.start + offset)
+            return jax.lax.dynamic_slice(self.bank.data, (slot, begin), (1, ranks * width)).reshape(ranks, width)
 
         return jax.vmap(row)(jnp.maximum(self.slots, 0))

@@ -86,7 +86,7 @@ class Program:
         self._clear = jax.jit(empty_slot, donate_argnames="state")
         # Each is one call, which leaves Python to other threads while memory is cleared.
         self._new_bank, self._new_state = jax.jit(self._empty_bank), jax.jit(self._empty_state)
-        self._put = jax.jit(functools.partial(backend.place, self.layout), donate_argnums=0)
+        self._put = jax.jit(backend.place, donate_argnums=0)
         self.cut_invariant = backend.cut_invariant
         self.batch_sizes = backend.batch_sizes(sizes.slots)
         self.chunk_lengths = backend.chunk_lengths(sizes.prefill_chunk)
@@ -136,14 +136,14 @@ class Program:
 
     def pack(self, modules: Mapping[str, Pair], rank: int) -> np.ndarray:
         """An adapter of that rank as `put_adapter` takes it. Any thread may call it. Raises ValueError where the bank has no room for it."""
-        ranks = self.backend.bank_ranks(rank, self.sizes.max_lora_rank)
-        return self.layout.pack(modules, ranks, self.backend.piece(self.layout))
+        ranks = self.backend.bank_ranks(self.layout, rank)
+        return self.layout.pack(modules, ranks, self.backend.piece(self.layout), self.backend.write_adapter)
 
     def put_adapter(self, slot: int, vector: np.ndarray, rank: int) -> None:
-        """Places an adapter, packed by `pack`, into a slot of the bank."""
-        piece = self.backend.piece(self.layout)
+        """Places an adapter of that rank, packed by `pack`, into a slot of the bank."""
+        piece, ranks = self.backend.piece(self.layout), np.int32(self.backend.bank_ranks(self.layout, rank))
         for first in range(0, len(vector), piece):
-            self.bank = self._put(self.bank, vector[first : first + piece], np.int32(slot), np.int32(rank), np.int32(first))
+            self.bank = self._put(self.bank, vector[first : first + piece], np.int32(slot), ranks, np.int32(first))
 
     def reuse(self, source: int, slot: int, tokens: np.ndarray, record: bool) -> None:
         """Makes a slot's cache begin with what another one's (or its own) begins with: the keys and values of `tokens`, int32 `[n]`.

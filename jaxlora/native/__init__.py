@@ -16,7 +16,7 @@ Knows nothing of models, adapters as files, or the engine.
 from jaxlora.native.gradients import adapted_linear, causal_attention, frozen_linear
 from jaxlora.native.kernels import Kernels
 from jaxlora.native.loading import load
-from jaxlora.native.operands import LoraModule, LoraRows, Packed, pack_linear
+from jaxlora.native.operands import LoraModule, LoraRows, Packed, pack_linear, pack_lora
 from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_draw, twin_linear, twin_rms_norm
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "frozen_linear",
     "load",
     "pack_linear",
+    "pack_lora",
     "twin_argmax_logsumexp",
     "twin_attention",
     "twin_draw",

@@ -25,7 +25,7 @@ from jaxlora.model import rotation
 LAYERS, HIDDEN, MLP, HEADS, KV, HEAD, VOCABULARY = 30, 576, 1536, 9, 3, 64, 49152
 QKV = (HEADS + 2 * KV) * HEAD
 SHAPES = {"qkv": (HIDDEN, QKV), "o": (HIDDEN, HIDDEN), "gate_up": (HIDDEN, 2 * MLP), "down": (MLP, HIDDEN)}
-RANK, MAX_RANK, ADAPTERS = 16, 16, 16
+RANK, ADAPTERS = 16, 16
 
 
 @dataclasses.dataclass
@@ -112,13 +112,13 @@ def bench_attention(kernels: native.Kernels, repeat: int) -> None:
 def lora_modules(offset: int, k: int, widths: list[int]) -> tuple[tuple[native.LoraModule, ...], int]:
     modules, column = [], 0
     for width in widths:
-        modules.append(native.LoraModule(offset, offset + MAX_RANK * k, column, width))
-        offset, column = offset + MAX_RANK * (k + width), column + width
+        modules.append(native.LoraModule(offset, offset + k, column, width))
+        offset, column = offset + k + width, column + width
     return tuple(modules), offset
 
 
 def layer_modules() -> tuple[dict[str, tuple[native.LoraModule, ...]], int]:
-    """The modules of one layer, and the size of its part of a slot."""
+    """The modules of one layer, and the values of a rank that it takes."""
     layer, offset = {}, 0
     for name, k, widths in (
         ("qkv", HIDDEN, [HEADS * HEAD, KV * HEAD, KV * HEAD]),
@@ -133,7 +133,7 @@ def layer_modules() -> tuple[dict[str, tuple[native.LoraModule, ...]], int]:
 def bench_lora(kernels: native.Kernels, repeat: int) -> None:
     """The linear layers of a model without adapters and with them."""
     modules, layer_size = layer_modules()
-    size = LAYERS * layer_size
+    size = RANK * LAYERS * layer_size
     rank = jnp.full(ADAPTERS, RANK, jnp.int32)
     for dtype in ("float32", "bfloat16"):
         bank = jnp.array(np.broadcast_to(normal(1, size), (ADAPTERS, size)), dtype)
@@ -144,7 +144,7 @@ def bench_lora(kernels: native.Kernels, repeat: int) -> None:
             out = []
             for index in range(LAYERS):
                 for name, parts in modules.items():
-                    adapters = native.LoraRows(bank, jnp.int32(index * layer_size), slots, rank, parts, MAX_RANK)
+                    adapters = native.LoraRows(bank, jnp.int32(index * layer_size), slots, rank, parts, RANK)
                     inputs = wide if name == "down" else x
                     out.append(kernels.linear(inputs, model[name][index], adapters=adapters if adapted else None)[0, 0])
             return out
@@ -167,7 +167,7 @@ def bench_lora(kernels: native.Kernels, repeat: int) -> None:
 def bench_step(kernels: native.Kernels, repeat: int, length: int = 96) -> None:
     """A whole decode step of a model of these sizes: norms, rotation, caches, activation, output layer, argmax."""
     modules, layer_size = layer_modules()
-    bank_size = LAYERS * layer_size
+    bank_size = RANK * LAYERS * layer_size
     rank = jnp.full(ADAPTERS, RANK, jnp.int32)
     for dtype in ("float32", "bfloat16"):
         model = {name: weights(kernels, shape, dtype) for name, shape in SHAPES.items()}
@@ -181,7 +181,7 @@ def bench_step(kernels: native.Kernels, repeat: int, length: int = 96) -> None:
             rows = tokens.shape[0]
 
             def linear(index, name, x, **around):
-                adapters = native.LoraRows(bank, jnp.int32(index * layer_size), slots, rank, modules[name], MAX_RANK)
+                adapters = native.LoraRows(bank, jnp.int32(index * layer_size), slots, rank, modules[name], RANK)
                 return kernels.linear(x, model[name][index], adapters=adapters if adapted else None, **around)
 
             live, places, out = jnp.ones(rows, jnp.int32), jnp.arange(rows, dtype=jnp.int32), []

@@ -46,8 +46,8 @@ class Kernels:
             norm: float32 scale [k] and epsilon: the `rms_norm` of x is multiplied.
             gated: silu(gate) * up is multiplied, of gate and up side by side in x [..., 2 k] (Shazeer 2020).
             onto: float32 [..., n], what the product is added to. The sum takes its place if donated.
-            adapters: the low-rank updates of the rows. Where the bank is bfloat16, `avx512bf16` rounds what is multiplied, and what lies
-                between A and B, to it.
+            adapters: the low-rank updates of the rows. Where the bank is bfloat16, `amxbf16` and `avx512bf16` round what is multiplied,
+                and what lies between A and B, to it.
         """
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         result = jax.ShapeDtypeStruct((rows.shape[0], w.n), jnp.float32)
@@ -110,18 +110,16 @@ class Kernels:
         return out, k_cache, v_cache
 
     @staticmethod
-    def place(bank: Array, piece: Array, slot: Array, rank: Array, first: Array, *, offsets: tuple[int, ...], max_rank: int) -> Array:
+    def place(bank: Array, piece: Array, slot: Array, first: Array) -> Array:
         """The bank with a piece of an adapter in one slot. In place if donated.
 
         Arguments:
             bank: float32, bfloat16 or int8 [slots, size].
-            piece: [n] of the same type, values `first` to `first + n` of the adapter: its parts one behind the other, each [rank, width].
-                What lies beyond its end is left out.
-            slot, rank, first: int32 scalars.
-            offsets: where each part begins in a slot, [max_rank, width], and where the last one ends.
+            piece: [n] of the same type, values `first` to `first + n` of the slot. What lies beyond its end is left out.
+            slot, first: int32 scalars.
         """
         call = jax.ffi.ffi_call("jaxlora_place", jax.ShapeDtypeStruct(bank.shape, bank.dtype), input_output_aliases={0: 0})
-        return call(bank, piece, slot, rank, first, offsets=np.array(offsets, np.int64), ranks=np.int64(max_rank))
+        return call(bank, piece, slot, first)
 
     @staticmethod
     def embed(table: Array, tokens: Array) -> Array:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxlora.int8 import Int8
 from jaxlora.int8_size import GROUP
+from jaxlora.lora_size import fill_up
 
 Array = jax.Array
 
@@ -26,23 +27,61 @@ class Packed:
 
 
 class LoraModule(NamedTuple):
-    """One module that reads the x of a `linear` call. Offsets count values from `start` in a slot's part of the bank."""
+    """One module that reads the x of a `linear` call. Offsets count from `start`, in values for each of an adapter's ranks: an adapter of fewer
+    ranks takes less room. Its A and B lie there as `pack_lora` writes them."""
 
-    a: int  # offset of A [max_rank, k], of which the first rows up to the slot's rank are read
-    b: int  # offset of B [max_rank, width], with the adapter's scale folded in; in a bank of int8 float32 [max_rank] for both follow, as bytes
+    a: int  # offset of A [k, rank]
+    b: int  # offset of B [rank, width], with the adapter's scale folded in; in a bank of int8 float32 [rank] for both follow, as bytes
     column: int  # first column of y
     width: int  # columns of y
 
 
 class LoraRows(NamedTuple):
-    """The low-rank updates (x A^T) B that the rows of a `linear` call get, of all modules that read its x."""
+    """The low-rank updates (x A) B that the rows of a `linear` call get, of all modules that read its x."""
 
     bank: Array  # float32, bfloat16 or int8 [slots, size]
-    start: Array  # int32 scalar, where the part of a slot begins from which the modules count
+    start: Array  # int32 scalar, from which the modules count, as they do
     row_slot: Array  # int32 [m], each row's slot of the bank, or -1 for none
-    rank: Array  # int32 [slots], true ranks, at most `max_rank`
+    rank: Array  # int32 [slots], multiples of LORA_UNIT, at most `max_rank`
     modules: tuple[LoraModule, ...]  # where their A and B lie, and which columns of y are theirs
-    max_rank: int  # rows of every A and B in the bank
+    max_rank: int  # for which a slot has room
+
+
+LORA_PANEL = 16
+
+
+def lora_depth(dtype: jnp.dtype) -> int:
+    """How many values of k lie side by side in an A or B of that type."""
+    return 2 if dtype == jnp.bfloat16 else 1
+
+
+def pack_lora(a: np.ndarray, b: np.ndarray, a_room: np.ndarray, b_room: np.ndarray) -> None:
+    """Writes A and B of a module into their rooms in an adapter's part of a bank.
+
+    Each is a [k, n] that is read one panel of columns after the other, [panels, k, LORA_PANEL]; the last panel may have LORA_UNIT columns.
+    In bfloat16 pairs of k lie side by side, [panels, pairs of k, LORA_PANEL, 2].
+
+    Arguments:
+        a: [r, in], as it lies in a file, r being at most the ranks that there is room for.
+        b: [out, r].
+        a_room: [ranks * in] zeros, of the bank's type.
+        b_room: [ranks * out] zeros, `out` filled up to a multiple of LORA_UNIT.
+    """
+    _write_panels(a, a_room, a.shape[1])
+    _write_panels(b, b_room, b_room.size // fill_up(len(b)))
+
+
+def _write_panels(w: np.ndarray, room: np.ndarray, k: int) -> None:
+    """For the transpose of w, filled up with zeros where there is room for more."""
+    n = room.size // k
+    if w.shape != (n, k):
+        w = np.pad(w, ((0, n - w.shape[0]), (0, k - w.shape[1])))
+    w = np.ascontiguousarray(w, room.dtype)
+    if lora_depth(room.dtype) == 2:
+        w, room, k = w.view(np.uint32), room.view(np.uint32), k // 2
+    whole = n // LORA_PANEL * LORA_PANEL
+    room[: whole * k].reshape(-1, k, LORA_PANEL)[:] = w[:whole].reshape(-1, LORA_PANEL, k).swapaxes(1, 2)
+    room[whole * k :].reshape(k, n - whole)[:] = w[whole:].T
 
 
 def pack_linear(w: np.ndarray | Array | Int8, panel: int, halves: bool = False, transposed: bool = False) -> Packed:

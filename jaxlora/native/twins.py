@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jaxlora.int8 import Int8
 from jaxlora.int8_size import SCALE_BYTES
-from jaxlora.native.operands import LoraRows
+from jaxlora.lora_size import fill_up
+from jaxlora.native.operands import LORA_PANEL, LoraRows, lora_depth
 
 Array = jax.Array
 
@@ -86,24 +87,41 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 def _with_updates(y: Array, x: Array, adapters: LoraRows) -> Array:
     bank, start, row_slot, rank, modules, max_rank = adapters
-    slots, k = bank.shape[0], x.shape[1]
-    used = jnp.arange(max_rank) < rank[:, None]  # [slot, r]
-    own = row_slot[:, None] == jnp.arange(slots)  # [m, slot]
+    k = x.shape[1]
+    ranks = jnp.arange(max_rank)
+    used = ranks < rank[:, None]  # [slot, r]
+    own = row_slot[:, None] == jnp.arange(len(bank))  # [m, slot]
     mask = own[:, :, None] & used
+    of_slot = rank[:, None, None]
 
-    def part(offset: int, width: int) -> Array:
-        return jax.lax.dynamic_slice_in_dim(bank, start + offset, max_rank * width, axis=1).reshape(slots, max_rank, width)
+    def values(offset: int, places: Array) -> Array:
+        places = of_slot * (start + offset) + places
+        # Ranks that a slot does not have may lie anywhere and hold anything.
+        found = jnp.take_along_axis(bank, places.reshape(len(bank), -1), axis=1, mode="clip").reshape(places.shape)
+        return jnp.where(used[:, :, None], found.astype(jnp.float32), 0)
+
+    def place(row: Array, column: Array, rows: Array | int, columns: Array | int) -> Array:
+        depth, panel = lora_depth(bank.dtype), column // LORA_PANEL
+        width = jnp.minimum(LORA_PANEL, columns - panel * LORA_PANEL)
+        return panel * LORA_PANEL * rows + row // depth * depth * width + column % LORA_PANEL * depth + row % depth
 
     for module in modules:
-        a, b = (part(*where).astype(jnp.float32) for where in ((module.a, k), (module.b, module.width)))
+        filled = fill_up(module.width)
+        a = values(module.a, place(jnp.arange(k), ranks[:, None], k, of_slot))
+        b = values(module.b, place(ranks[:, None], jnp.arange(module.width), of_slot, filled))
         if bank.dtype == jnp.int8:
-            a *= jax.lax.bitcast_convert_type(part(module.b + max_rank * module.width, SCALE_BYTES), jnp.float32)[:, :, None]
+            a *= _scales(bank, rank * (start + module.b + filled), max_rank)[:, :, None]
         hidden = jnp.where(mask, jnp.einsum("mk,srk->msr", x, a, precision="highest"), 0)
-        # Ranks that a slot does not use may hold anything.
-        b = jnp.where(used[:, :, None], b, 0)
         delta = jnp.einsum("msr,srn->mn", hidden, b, precision="highest")
         y = y.at[:, module.column : module.column + module.width].add(delta)
     return y
+
+
+def _scales(bank: Array, begin: Array, count: int) -> Array:
+    """float32 [slots, count] from so many bytes on in each slot."""
+    places = begin[:, None] + jnp.arange(count * SCALE_BYTES)
+    found = jnp.take_along_axis(bank, places, axis=1, mode="clip").reshape(len(bank), count, SCALE_BYTES)
+    return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
 def twin_rms_norm(x: Array, scale: Array, eps: float) -> Array:

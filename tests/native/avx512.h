@@ -76,14 +76,8 @@ __m256i extracti64x4_epi64(__m512i a, int i) { return read<__m256i>(reinterpret_
 
 __m512 setzero_ps() { return __m512{}; }
 __m512h setzero_ph() { return __m512h{}; }
-__m512i setzero_si512() { return __m512i{}; }
 __m512 set1_ps(float value) { return lanes<Floats>([&](int) { return value; }); }
 __m512i set1_epi32(int value) { return as<__m512i>(lanes<Ints>([&](int) { return value; })); }
-template <typename... Values>
-__m512i setr_epi32(Values... values) {
-  const int32_t all[16] = {values...};
-  return read<__m512i>(all);
-}
 
 __m512 loadu_ps(const void* p) { return read<__m512>(p); }
 __m512i loadu_si512(const void* p) { return read<__m512i>(p); }
@@ -101,10 +95,6 @@ __m512i maskz_loadu_epi16(uint32_t mask, const void* p) {
 __m512 maskz_loadu_ps(uint32_t mask, const void* p) {
   const auto* from = static_cast<const char*>(p);
   return lanes<Floats>([&](int i) { return mask >> i & 1 ? read<float>(from + 4 * i) : 0.0f; });
-}
-void mask_storeu_ps(void* p, uint32_t mask, __m512 v) {
-  for (int i = 0; i < 16; ++i)
-    if (mask >> i & 1) write(static_cast<char*>(p) + 4 * i, static_cast<float>(v[i]));
 }
 
 __m512 add_ps(__m512 a, __m512 b) { return a + b; }
@@ -127,7 +117,6 @@ float reduce_max_ps(__m512 a) {
   return top;
 }
 
-__m512i add_epi32(__m512i a, __m512i b) { return as<__m512i>(as<Words>(a) + as<Words>(b)); }
 __m512i slli_epi32(__m512i a, int count) { return as<__m512i>(as<Words>(a) << count); }
 __m512i and_si512(__m512i a, __m512i b) { return a & b; }
 __m512i or_si512(__m512i a, __m512i b) { return a | b; }
@@ -166,17 +155,6 @@ __m512 shuffle_f32x4(__m512 a, __m512 b, int order) {
 __m512 shuffle_ps(__m512 a, __m512 b, int order) {
   return lanes<Floats>([&](int i) { return (i % 4 < 2 ? a : b)[i / 4 * 4 + (order >> 2 * (i % 4) & 3)]; });
 }
-__m512 permutex2var_ps(__m512 a, __m512i from, __m512 b) {
-  const auto index = as<Ints>(from);
-  return lanes<Floats>([&](int i) { return (index[i] & 16 ? b : a)[index[i] & 15]; });
-}
-// Four values of each quarter, those of a and b in turns.
-__m512i interleaved(__m512i a, __m512i b, int first) {
-  const auto x = as<Halfwords>(a), y = as<Halfwords>(b);
-  return as<__m512i>(lanes<Halfwords>([&](int i) { return (i % 2 ? y : x)[i / 8 * 8 + first + i % 8 / 2]; }));
-}
-__m512i unpacklo_epi16(__m512i a, __m512i b) { return interleaved(a, b, 0); }
-__m512i unpackhi_epi16(__m512i a, __m512i b) { return interleaved(a, b, 4); }
 
 __m512i cvtepu16_epi32(__m256i a) {
   const auto from = as<HalfHalfwords>(a);
@@ -262,7 +240,6 @@ __m512h fmadd_ph(__m512h a, __m512h b, __m512h c) {  // a double holds product a
 }  // namespace emulated
 
 #define _mm512_abs_ps emulated::abs_ps
-#define _mm512_add_epi32 emulated::add_epi32
 #define _mm512_add_ps emulated::add_ps
 #define _mm512_and_si512 emulated::and_si512
 #define _mm512_castph_si512 emulated::castph_si512
@@ -291,23 +268,19 @@ __m512h fmadd_ph(__m512h a, __m512h b, __m512h c) {  // a double holds product a
 #define _mm512_loadu_si512 emulated::loadu_si512
 #define _mm512_madd_epi16 emulated::madd_epi16
 #define _mm512_mask_blend_ps emulated::mask_blend_ps
-#define _mm512_mask_storeu_ps emulated::mask_storeu_ps
 #define _mm512_maskz_loadu_epi16 emulated::maskz_loadu_epi16
 #define _mm512_maskz_loadu_ps emulated::maskz_loadu_ps
 #define _mm512_max_ps emulated::max_ps
 #define _mm512_movepi32_mask emulated::movepi32_mask
 #define _mm512_mul_ps emulated::mul_ps
 #define _mm512_or_si512 emulated::or_si512
-#define _mm512_permutex2var_ps emulated::permutex2var_ps
 #define _mm512_reduce_max_ps emulated::reduce_max_ps
 #define _mm512_roundscale_ps emulated::roundscale_ps
 #define _mm512_scalef_ps emulated::scalef_ps
 #define _mm512_set1_epi32 emulated::set1_epi32
 #define _mm512_set1_ps emulated::set1_ps
-#define _mm512_setr_epi32 emulated::setr_epi32
 #define _mm512_setzero_ph emulated::setzero_ph
 #define _mm512_setzero_ps emulated::setzero_ps
-#define _mm512_setzero_si512 emulated::setzero_si512
 #define _mm512_shuffle_f32x4 emulated::shuffle_f32x4
 #define _mm512_shuffle_ps emulated::shuffle_ps
 #define _mm512_slli_epi32 emulated::slli_epi32
@@ -315,8 +288,6 @@ __m512h fmadd_ph(__m512h a, __m512h b, __m512h c) {  // a double holds product a
 #define _mm512_storeu_ps emulated::storeu_ps
 #define _mm512_storeu_si512 emulated::storeu_si512
 #define _mm512_sub_ps emulated::sub_ps
-#define _mm512_unpackhi_epi16 emulated::unpackhi_epi16
-#define _mm512_unpacklo_epi16 emulated::unpacklo_epi16
 #define _mm256_castph_si256 emulated::castph_si256
 #define _mm256_castsi256_ph emulated::castsi256_ph
 #define _tile_dpbf16ps emulated::tile_dpbf16ps

@@ -42,14 +42,14 @@ def test_each_part_is_what_it_is_alone(kernels: native.Kernels, dtype: str, m: i
 @pytest.mark.parametrize("dtype", WEIGHTS)
 @pytest.mark.parametrize("bank_dtype", WEIGHTS)
 def test_adapters_read_what_the_product_reads(kernels: native.Kernels, dtype: str, bank_dtype: str) -> None:
-    k, n, rank = 70, 45, 8
+    k, n, rank = 70, 45, 16
     w, onto, norm = packed(kernels, dtype, k, n), normal(1, 30, n), (normal(2, k), 1e-5)
     values = normal(3, 2, rank * (k + n)) * 50
     bank = jnp.asarray(values, jnp.float32 if bank_dtype == "int8" else bank_dtype)
     if bank_dtype == "int8":
         bank = jnp.concatenate([values.astype(np.int8), np.full((2, rank), 1e-3, np.float32).view(np.int8)], axis=1)
     slots = jnp.arange(30, dtype=jnp.int32) % 3 - 1
-    adapters = native.LoraRows(bank, jnp.int32(0), slots, jnp.int32([8, 5]), (native.LoraModule(0, rank * k, 2, n - 5),), rank)
+    adapters = native.LoraRows(bank, jnp.int32(0), slots, jnp.int32([16, 8]), (native.LoraModule(0, k, 2, n - 5),), rank)
     nothing = kernels.pack_linear(np.zeros((k, n), np.float32))
     gate_up = normal(4, 30, 2 * k)
     for x, before, read in (
@@ -104,8 +104,8 @@ def test_the_gate_keeps_what_is_not_finite(kernels: native.Kernels) -> None:
 
 def test_it_equals_the_twin_with_everything(kernels: native.Kernels) -> None:
     w, x, onto, norm = normal(0, 70, 33), normal(1, 2, 5, 70), normal(2, 2, 5, 33), (normal(3, 70), 1e-5)
-    bank = normal(4, 2, 16 * 103)
-    adapters = native.LoraRows(bank, jnp.int32(0), jnp.arange(10) % 2, jnp.int32([16, 3]), (native.LoraModule(0, 16 * 70, 0, 33),), 16)
+    bank = normal(4, 2, 16 * 110)
+    adapters = native.LoraRows(bank, jnp.int32(0), jnp.arange(10) % 2, jnp.int32([16, 8]), (native.LoraModule(0, 70, 0, 33),), 16)
     options = dict(norm=norm, onto=onto, adapters=adapters)
     got = jax.jit(functools.partial(kernels.linear, **options))(x, kernels.pack_linear(w))
     want = native.twin_linear(x.reshape(10, 70), w, **options | {"onto": onto.reshape(10, 33)}).reshape(2, 5, 33)

@@ -9,13 +9,14 @@ import pytest
 
 from jaxlora import native
 from jaxlora.config import ModelConfig
-from jaxlora.lora import BankLayout
+from jaxlora.lora import BankLayout, write_ranks
+from jaxlora.lora_size import fill_up
 from jaxlora.peft import LoraPair
 from tests.training.tiny import CONFIG
 
 from .arrays import normal
 
-LAYOUTS = {dtype: BankLayout.of(ModelConfig.from_dict(CONFIG), 6, dtype) for dtype in ("float32", "bfloat16", "int8")}
+LAYOUTS = {dtype: BankLayout.of(ModelConfig.from_dict(CONFIG), 20, dtype) for dtype in ("float32", "bfloat16", "int8")}
 LAYOUT = LAYOUTS["float32"]
 
 
@@ -29,37 +30,61 @@ def adapter(rank: int) -> dict[str, LoraPair]:
     return pairs
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames="layout")
-def place(bank: jax.Array, piece: jax.Array, slot: int, rank: int, first: int, layout: BankLayout = LAYOUT) -> jax.Array:
-    return native.Kernels.place(bank, piece, *map(jnp.int32, (slot, rank, first)), offsets=layout.offsets, max_rank=layout.max_rank)
+@functools.partial(jax.jit, donate_argnums=0)
+def place(bank: jax.Array, piece: jax.Array, slot: int, first: int) -> jax.Array:
+    return native.Kernels.place(bank, piece, *map(jnp.int32, (slot, first)))
+
+
+def test_a_slot_has_room_for_whole_units() -> None:
+    assert {(layout.max_rank, layout.size) for layout in LAYOUTS.values() if layout.dtype != "int8"} == {(24, 24 * LAYOUT.of_rank)}
 
 
 @pytest.mark.parametrize("dtype", LAYOUTS)
-@pytest.mark.parametrize("rank, piece", [(1, 100), (3, 1000), (6, LAYOUT.size), (5, 10 * LAYOUT.size)])
-def test_the_ranks_of_an_adapter_come_to_their_places_and_nothing_else_changes(
-    kernels: native.Kernels, rank: int, piece: int, dtype: str
-) -> None:
-    modules, layout = adapter(rank), LAYOUTS[dtype]
+@pytest.mark.parametrize("ranks, piece", [(8, 100), (16, 1000), (24, LAYOUT.size), (16, 10 * LAYOUT.size)])
+def test_an_adapter_comes_to_its_place_and_nothing_else_changes(kernels: native.Kernels, ranks: int, piece: int, dtype: str) -> None:
+    layout = LAYOUTS[dtype]
     before = (normal(1, 3, layout.size) * 30).astype(layout.dtype)
-    vector = layout.pack(modules, rank, piece)
+    vector = layout.pack(adapter(ranks - 3), ranks, piece, native.pack_lora)
     assert len(vector) % piece == 0
     bank = jnp.array(before)
     for first in range(0, len(vector), piece):
-        bank = place(bank, vector[first : first + piece], 1, rank, first, layout)
-    want, whole = before.copy(), layout.pack(modules, layout.max_rank, layout.size)
-    for _, span in layout.spans:
-        parts = [(span.a_offset, span.in_features), (span.b_offset, span.out_features), (span.scales_offset, 4 * (dtype == "int8"))]
-        for offset, width in parts:
-            want[1, offset : offset + rank * width] = whole[offset : offset + rank * width]
+        bank = place(bank, vector[first : first + piece], 1, first)
+    want = before.copy()
+    want[1, : len(vector)] = vector[: layout.size]
     assert np.asarray(bank).tobytes() == want.tobytes()
 
 
-@pytest.mark.parametrize("slot, rank, first", [(3, 1, 0), (-1, 1, 0), (0, 7, 0), (0, -1, 0), (0, 1, -5)])
-def test_what_lies_outside_is_refused(kernels: native.Kernels, slot: int, rank: int, first: int) -> None:
+@pytest.mark.parametrize("dtype", LAYOUTS)
+@pytest.mark.parametrize("rank, ranks", [(5, 8), (13, 16), (20, 24)])
+def test_the_forms_of_an_adapter_hold_the_same_values(rank: int, ranks: int, dtype: str) -> None:
+    layout, modules = LAYOUTS[dtype], adapter(rank)
+    plain, panels = (layout.pack(modules, ranks, 1, write) for write in (write_ranks, native.pack_lora))
+    depth = 2 if dtype == "bfloat16" else 1
+
+    def read(begin: int, k: int, columns: int) -> np.ndarray:
+        """[k, columns] from panels."""
+        values, found = panels[ranks * begin :], np.zeros((k, columns), layout.dtype)
+        for first in range(0, columns, 16):
+            width = min(16, fill_up(columns) - first)
+            panel = values[first * k :][: width * k].reshape(k // depth, width, depth).swapaxes(1, 2).reshape(k, width)
+            found[:, first : first + width] = panel[:, : columns - first]
+        return found
+
+    for _, span in layout.spans:
+        a = plain[ranks * span.a_offset :][: ranks * span.in_features].reshape(ranks, -1)
+        b = plain[ranks * span.b_offset :][: ranks * span.out_features].reshape(ranks, -1)
+        np.testing.assert_array_equal(read(span.a_offset, span.in_features, ranks), a.T)
+        np.testing.assert_array_equal(read(span.b_offset, ranks, span.out_features), b)
+        scales = slice(ranks * span.scales_offset, ranks * (span.scales_offset + 4 * (dtype == "int8")))
+        assert plain[scales].tobytes() == panels[scales].tobytes()
+
+
+@pytest.mark.parametrize("slot, first", [(3, 0), (-1, 0), (0, -5), (0, LAYOUT.size + 1)])
+def test_what_lies_outside_is_refused(kernels: native.Kernels, slot: int, first: int) -> None:
     with pytest.raises(jax.errors.JaxRuntimeError, match="outside of the bank"):
-        place(jnp.zeros((3, LAYOUT.size)), jnp.zeros(10), slot, rank, first).block_until_ready()
+        place(jnp.zeros((3, LAYOUT.size)), jnp.zeros(10), slot, first).block_until_ready()
 
 
 def test_a_module_of_a_higher_rank_is_refused() -> None:
-    with pytest.raises(ValueError, match="has rank 5, there is room for 4"):
-        LAYOUT.pack(adapter(6), 4, 1)
+    with pytest.raises(ValueError, match="has rank 9, there is room for 8"):
+        LAYOUT.pack(adapter(10), 8, 1)

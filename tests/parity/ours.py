@@ -95,6 +95,6 @@ class Ours:
         layout = lora.BankLayout.of(self.config, MAX_RANK, "float32", output_layer=True)
         bank = lora.Bank.empty(layout, len(self.adapters) + 1)
         for name, adapter in self.adapters.items():
-            vector = layout.pack(adapter.modules, MAX_RANK, layout.size)
+            vector = layout.pack(adapter.modules, layout.max_rank, layout.size)
             bank = lora.put(bank, vector, self._slot(name), adapter.rank)
         return layout, bank

@@ -6,17 +6,24 @@
 namespace jaxlora {
 namespace {
 
-// Of that many bytes.
-void add_blocks(int64_t from, int64_t bytes, std::vector<int64_t>* blocks) {
-  for (int64_t at = 0; at < bytes; at += kLaterBytes) blocks->push_back(from + at);
+constexpr int64_t kPairedPart = 1024, kPartUnit = 32;
+
+// Values of a part of k. Parts come in pairs, so that two threads share A even of a single adapter.
+int64_t part_of(int64_t k) {
+  const int64_t parts = 2 * ((k + kPairedPart - 1) / kPairedPart);
+  return filled_up((k + parts - 1) / parts, kPartUnit);
 }
 
-std::vector<int64_t> later(const AdapterPlan& plan, int64_t size, int64_t width, int64_t k) {
-  std::vector<int64_t> a, b, blocks;
+std::vector<LaterBlock> later(const AdapterPlan& plan, int64_t size, int64_t width, int64_t k) {
+  std::vector<LaterBlock> a, b, blocks;
   for (const LoraGroup& group : plan.groups) {
+    const auto add = [&](int64_t offset, int64_t values, std::vector<LaterBlock>* to) {
+      const int64_t at = group.slot * size + group.rank * offset, bytes = group.rank * values * width;
+      for (int64_t byte = 0; byte < bytes; byte += kLaterBytes) to->push_back({at * width + byte, group.rank * width});
+    };
     for (const LoraModule& module : plan.modules) {
-      add_blocks((group.slot * size + module.a) * width, group.rank * k * width, &a);
-      add_blocks((group.slot * size + module.b) * width, group.rank * module.n * width, &b);
+      add(module.a, k, &a);
+      add(module.b, module.n, &b);
     }
   }
   const auto threads = static_cast<size_t>(Pool::instance().threads());
@@ -32,13 +39,16 @@ std::vector<int64_t> later(const AdapterPlan& plan, int64_t size, int64_t width,
 ffi::Error make(const Adapters& a, int64_t m, int64_t k, int64_t n, AdapterPlan* plan) {
   const ffi::DataType type = a.bank.element_type();
   if (type != ffi::BF16 && type != ffi::S8 && type != ffi::F32) return bad("the bank is float32, bfloat16 or int8");
+  if (type == ffi::BF16 && k % 2) return bad("a bank of bfloat16 takes an even k");
+  if (a.ranks % kLoraUnit) return bad("ranks of the bank are multiples of " + std::to_string(kLoraUnit));
+  plan->part = part_of(k), plan->parts = (k + plan->part - 1) / plan->part;
   const int64_t slots = a.bank.dimensions()[0];
   for (size_t i = 0; i < a.a_offsets.size(); ++i) {
     const LoraModule module{a.a_offsets[i], a.b_offsets[i], a.columns[i], a.widths[i]};
     if (module.a < 0 || module.b < 0 || module.column < 0 || module.column + module.n > n) {
       return bad("module " + std::to_string(i) + " lies outside of the bank or of y");
     }
-    plan->end = std::max({plan->end, module.a + a.ranks * k, module.b + a.ranks * (module.n + (type == ffi::S8 ? kScaleBytes : 0))});
+    plan->end = std::max({plan->end, module.a + k, module.b + filled_up(module.n, kLoraUnit) + (type == ffi::S8 ? kScaleBytes : 0)});
     plan->modules.push_back(module);
   }
 
@@ -55,6 +65,7 @@ ffi::Error make(const Adapters& a, int64_t m, int64_t k, int64_t n, AdapterPlan*
     const int64_t begin = places[static_cast<size_t>(slot)], count = places[static_cast<size_t>(slot) + 1];
     const int64_t rank = a.rank.typed_data()[slot];
     if (count && rank > a.ranks) return bad("slot " + std::to_string(slot) + " has a rank above the bank's");
+    if (count && rank % kLoraUnit) return bad("slot " + std::to_string(slot) + " has a rank that is no multiple of " + std::to_string(kLoraUnit));
     if (count && rank > 0) plan->groups.push_back({slot, rank, begin, begin + count});
     places[static_cast<size_t>(slot) + 1] += begin;
   }
@@ -66,8 +77,8 @@ ffi::Error make(const Adapters& a, int64_t m, int64_t k, int64_t n, AdapterPlan*
   for (size_t g = 0; g < plan->groups.size(); ++g) {
     for (size_t i = 0; i < plan->modules.size(); ++i) {
       const auto group = static_cast<int64_t>(g), module = static_cast<int64_t>(i);
-      for (int64_t r = 0; r < plan->groups[g].rank; r += kRankBlock) plan->down.push_back({group, module, r});
-      for (int64_t c = 0; c < plan->modules[i].n; c += kColumnBlock) plan->up.push_back({group, module, c});
+      for (int64_t first = 0; first < k; first += plan->part) plan->down.push_back({group, module, first});
+      for (int64_t first = 0; first < plan->modules[i].n; first += kColumnBlock) plan->up.push_back({group, module, first});
     }
   }
   plan->later = later(*plan, a.bank.dimensions()[1], static_cast<int64_t>(ffi::ByteWidth(type)), k);
@@ -125,19 +136,20 @@ ffi::Error AdapterWork::read(const Adapters& a, int64_t m, int64_t k, int64_t n)
   if (a.start.element_count() != 1) return bad("start takes one number");
   if (auto error = plans.find(a, m, k, n, &plan_); error.failure()) return error;
 
-  const int64_t start = a.start.typed_data()[0];
-  if (start < 0 || start + plan_->end > bs[1]) return bad("a module lies outside of the bank");
+  start_ = a.start.typed_data()[0];
+  if (start_ < 0 || (start_ + plan_->end) * a.ranks > bs[1]) return bad("a module lies outside of the bank");
   type_ = a.bank.element_type(), size_ = bs[1], ranks_ = a.ranks, m_ = m, k_ = k, n_ = n;
-  bank_ = static_cast<const char*>(a.bank.untyped_data()) + start * static_cast<int64_t>(ffi::ByteWidth(type_));
+  bank_ = static_cast<const char*>(a.bank.untyped_data());
   return ffi::Error::Success();
 }
 
 void AdapterWork::run(const Rows& rows, float* y) const {
   const bool bf16 = type_ == ffi::BF16, int8 = type_ == ffi::S8;
   const bool rounded = bf16 && active->lora_rounded;
+  const int64_t stride = filled_up(ranks_, kLoraPanel), sums = static_cast<int64_t>(plan_->modules.size()) * plan_->parts * m_ * stride;
   const Lora l{rounded ? static_cast<const void*>(rows.rounded) : rows.plain,
                bank_,
-               scratch.reserve(plan_->modules.size() * static_cast<size_t>(m_ * ranks_) * sizeof(float)),
+               static_cast<float*>(scratch.reserve(static_cast<size_t>(sums) * sizeof(float))),
                y,
                plan_->rows.data(),
                plan_->groups.data(),
@@ -146,12 +158,15 @@ void AdapterWork::run(const Rows& rows, float* y) const {
                plan_->up.data(),
                static_cast<int64_t>(plan_->down.size()),
                static_cast<int64_t>(plan_->up.size()),
+               start_,
                size_,
                m_,
                k_,
                rounded ? rows.rounded_stride : k_,
                n_,
-               ranks_};
+               plan_->part,
+               plan_->parts,
+               stride};
   const auto lora_down = int8 ? active->lora_down_i8 : bf16 ? active->lora_down_bf16 : active->lora_down_f32;
   const auto lora_up = int8 ? active->lora_up_i8 : bf16 ? active->lora_up_bf16 : active->lora_up_f32;
   Pool& pool = Pool::instance();

@@ -9,8 +9,8 @@ namespace jaxlora {
 
 using Numbers = ffi::Span<const int64_t>;
 
-// bank [slots, size]; start, from which offsets count in each slot; row_slot [m], -1 for none; rank [slots], at most `ranks`. Module i has
-// A [ranks, k] at a_offsets[i], B [ranks, widths[i]] at b_offsets[i] and the columns of y from columns[i] on.
+// bank [slots, size]; row_slot [m], -1 for none; rank [slots], at most `ranks`, all of them multiples of kLoraUnit. Module i has A and B at
+// rank * (start + a_offsets[i]) and rank * (start + b_offsets[i]) of a slot, see `LoraModule`, and widths[i] columns of y from columns[i] on.
 struct Adapters {
   ffi::AnyBuffer bank;
   S32 start, row_slot, rank;
@@ -22,15 +22,16 @@ struct Adapters {
 // in where offsets count from.
 struct AdapterPlan {
   std::vector<int64_t> made_of;
-  int64_t end = 0;  // offsets in a slot lie before it
+  int64_t end = 0;  // all modules lie before it, in values for each rank
+  int64_t part, parts;  // of k
   std::vector<LoraModule> modules;
   std::vector<LoraGroup> groups;
   std::vector<int64_t> rows;
   std::vector<LoraItem> down, up;
-  std::vector<int64_t> later;  // what is read of the bank, about in that order for each thread: see `Later`
+  std::vector<LaterBlock> later;  // what is read of the bank, about in that order for each thread: see `Later`
 };
 
-// y [m, n] += (x A^T) B for the rows of each adapter, x [m, k]: the parts of that work.
+// y [m, n] += (x A) B for the rows of each adapter, x [m, k]: the parts of that work.
 class AdapterWork {
  public:
   // An error where something lies outside of the bank or of y. The plan is kept until the calling thread reads others.
@@ -42,15 +43,15 @@ class AdapterWork {
   // Adds the form in which x is read.
   void want(Forms* forms) const { (type_ == ffi::BF16 && active->lora_rounded ? forms->rounded : forms->plain) = true; }
 
-  Later later() const { return {bank_, plan_->later.data(), static_cast<int64_t>(plan_->later.size())}; }
+  Later later() const { return {bank_, start_, plan_->later.data(), static_cast<int64_t>(plan_->later.size())}; }
 
   void run(const Rows& rows, float* y) const;
 
  private:
   const AdapterPlan* plan_ = nullptr;
   ffi::DataType type_;
-  const char* bank_;  // from where offsets count in the first slot
-  int64_t size_, ranks_, m_, k_, n_;
+  const char* bank_;
+  int64_t start_, size_, ranks_, m_, k_, n_;
 };
 
 }  // namespace jaxlora

@@ -22,6 +22,7 @@ namespace {
 #include "causal.h"
 #include "adapted.h"
 #include "lora.h"
+#include "lora_tiles.h"
 #include "logits.h"
 #include "draw.h"
 #include "swiglu.h"
@@ -33,7 +34,7 @@ namespace {
   {name,                             \
    JAXLORA_ISA::kPanel,              \
    JAXLORA_ISA::kRoundedTo,          \
-   std::is_same_v<JAXLORA_ISA::Bf16Lora::X, uint16_t>, \
+   JAXLORA_ISA::kLoraRounded,        \
    JAXLORA_ISA::round_rows,          \
    JAXLORA_ISA::linear_f32,          \
    JAXLORA_ISA::linear_bf16,         \
@@ -50,10 +51,10 @@ namespace {
    JAXLORA_ISA::causal,              \
    JAXLORA_ISA::causal_gradient,     \
    JAXLORA_ISA::lora_down<JAXLORA_ISA::WideLora<float>>,  \
-   JAXLORA_ISA::lora_down<JAXLORA_ISA::Bf16Lora>,         \
+   JAXLORA_ISA::lora_down_bf16,                          \
    JAXLORA_ISA::lora_down<JAXLORA_ISA::WideLora<int8_t>>, \
    JAXLORA_ISA::lora_up<JAXLORA_ISA::WideLora<float>>,    \
-   JAXLORA_ISA::lora_up<JAXLORA_ISA::Bf16Lora>,           \
+   JAXLORA_ISA::lora_up_bf16,                            \
    JAXLORA_ISA::lora_up<JAXLORA_ISA::WideLora<int8_t>>,   \
    JAXLORA_ISA::summarize, JAXLORA_ISA::draw, JAXLORA_ISA::rms_norm, JAXLORA_ISA::swiglu}
 

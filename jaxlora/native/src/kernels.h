@@ -9,9 +9,14 @@ namespace jaxlora {
 
 // Memory that is read after a product: blocks of kLaterBytes, which begin at so many bytes from a place. While the product of few rows
 // computes, memory has time for more than its weights, so each of its items has a share of these fetched.
+struct LaterBlock {
+  int64_t at, of_start;  // bytes: so many, and so many times `start`
+};
+
 struct Later {
   const char* from = nullptr;
-  const int64_t* blocks = nullptr;
+  int64_t start = 0;
+  const LaterBlock* blocks = nullptr;
   int64_t count = 0;
 };
 
@@ -95,35 +100,35 @@ struct Causal {
   float scale;
 };
 
-// One module of a LoRA call: y[:, column : column + n] += (x A^T) B for the rows of each adapter. In a bank of int8 float32 scales
-// [ranks] follow B, by which x A^T is multiplied.
+// One module of a LoRA call: y[:, column : column + n] += (x A) B for the rows of each adapter, A [k, rank] and B [rank, n] in panels
+// (lora.h). In a bank of int8 float32 scales [rank] follow B, by which x A is multiplied.
 struct LoraModule {
-  int64_t a, b;       // offsets within an adapter's part of the bank: A is [ranks, k], B is [ranks, n]
+  int64_t a, b;       // where they begin in a slot: at so many values for each of the adapter's ranks
   int64_t column, n;  // its columns of y
 };
 
 constexpr int64_t kScaleBytes = sizeof(float);
 
-// The rows that share an adapter: entries [begin, end) of Lora::rows.
+// The rows that share an adapter: entries [begin, end) of Lora::rows. The rank is a multiple of kLoraUnit.
 struct LoraGroup {
   int64_t slot, rank, begin, end;
 };
 
-// A part of the work: ranks or columns of one module from `first` on, for the rows of one group.
+// A part of the work, for the rows of one group: the part of k, or kColumnBlock columns, of one module from `first` on.
 struct LoraItem {
   int64_t group, module, first;
 };
 
 struct Lora {
   const void* x;     // [m, k], float32, or for a bank of bfloat16 what `round_rows` made of that
-  const void* bank;  // [adapters, size], from where offsets of modules count
-  void* hidden;      // [modules, m, ranks], of the type of x
+  const void* bank;  // [adapters, size]
+  float* hidden;     // [modules, parts of k, m, hidden_stride]
   float* y;          // [m, n]
   const int64_t* rows;
   const LoraGroup* groups;
   const LoraModule* modules;
   const LoraItem *down, *up;
-  int64_t down_count, up_count, size, m, k, x_stride, n, ranks;
+  int64_t down_count, up_count, start, size, m, k, x_stride, n, part, parts, hidden_stride;  // modules count from `start`; a part has so many values
 };
 
 // Rows of logits [m, n] from which tokens [m] are drawn where the temperature is above 0. keys [m, 2] of a generator; top_k 0, top_p 1 and
@@ -167,7 +172,7 @@ struct Kernels {
   // Items are (sequence, kv head), kv heads fastest.
   void (*causal)(const Causal&, int64_t begin, int64_t end);
   void (*causal_gradient)(const Causal&, int64_t begin, int64_t end);
-  // Items are those of `down` (kRankBlock ranks) and of `up` (kColumnBlock columns).
+  // Items are those of `down` and of `up`.
   void (*lora_down_f32)(const Lora&, int64_t begin, int64_t end);
   void (*lora_down_bf16)(const Lora&, int64_t begin, int64_t end);
   void (*lora_down_i8)(const Lora&, int64_t begin, int64_t end);
@@ -191,7 +196,8 @@ static int64_t filled_up(int64_t n, int64_t multiple) {
 
 constexpr int64_t kRowBlock = 128;     // rows of x that are kept in the cache while every panel passes over them
 constexpr int64_t kRowsAtOnce = 16;    // rounded rows are read in so many, so that memory up to a multiple has to be there
-constexpr int64_t kRankBlock = 8;      // ranks of A that one item reads
+constexpr int64_t kLoraPanel = 16;     // columns of a panel of A or B
+constexpr int64_t kLoraUnit = 8;       // columns of such a panel and ranks are multiples of it
 constexpr int64_t kColumnBlock = 320;  // columns of B that one item reads
 constexpr int64_t kProjectedColumns = 64;
 constexpr int64_t kTileQueries = 48;   // queries (tokens times heads of a group) that share a pass over keys and values

@@ -88,16 +88,22 @@ INLINE void store_columns(float* y, const Vec (&values)[2], int columns, bool on
 class LaterLines {
  public:
   INLINE LaterLines(const Later& later, const char* instead)
-      : from_(later.from), block_(later.blocks), end_(later.blocks + later.count), line_(instead) {}
+      : from_(later.from), start_(later.start), block_(later.blocks), end_(later.blocks + later.count), line_(instead) {}
   INLINE void fetch(const char* instead) {
-    if (left_ == 0) line_ = block_ < end_ ? from_ + *block_++ : instead, left_ = kLaterLines;
+    if (left_ == 0) line_ = block_ < end_ ? next_block() : instead, left_ = kLaterLines;
     _mm_prefetch(line_, _MM_HINT_T1);
     line_ += 64, --left_;
   }
 
  private:
+  INLINE const char* next_block() {
+    const LaterBlock block = *block_++;
+    return from_ + block.at + start_ * block.of_start;
+  }
+
   const char* from_;
-  const int64_t *block_, *end_;
+  int64_t start_;
+  const LaterBlock *block_, *end_;
   const char* line_;
   int64_t left_ = 0;
 };
@@ -177,7 +183,7 @@ INLINE int64_t panels(int64_t n) {
 // Share i of n.
 INLINE Later share(const Later& later, int64_t i, int64_t n) {
   const int64_t first = later.count * i / n;
-  return {later.from, later.blocks + first, later.count * (i + 1) / n - first};
+  return {later.from, later.start, later.blocks + first, later.count * (i + 1) / n - first};
 }
 
 // body(tile) for items [begin, end) of y [m, n], in tiles of at most kRows rows, a multiple of kMultiple of them but for the last. A panel has

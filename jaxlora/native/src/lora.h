@@ -1,193 +1,152 @@
 // Low-rank updates, one adapter at a time: its A and B are read once for all of its rows, and only as many ranks as it has.
-// Sums over k run in lanes that are added at the end, sums over ranks in ascending order, the same for every row.
 //
-// Adapters lie far apart in the bank and each is read in short stretches, so that the hardware's prefetching starts over all the
-// time. The first rows that pass over an item's weights therefore fetch those of the next one, a line for a line.
+// A [k, ranks] and B [ranks, columns] lie in panels of kLoraPanel columns, the last one of 8 or 16: [panels][k][panel], in bfloat16
+// [panels][pairs of k][panel][2]. Each is read as one stream. A sum runs over k in ascending order, in parts that are added at the end, the
+// same for every row.
+
+#ifdef __AVX512F__
+
+// Eight columns, the other lanes are zero.
+INLINE Vec load_half(const float* p) {
+  return _mm512_maskz_loadu_ps(0xff, p);
+}
+INLINE Vec load_half(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+INLINE __m512i load_half(const uint32_t* p) {
+  return _mm512_maskz_loadu_epi16(0xffff, p);
+}
+
+#endif
+
+template <int kColumns>
+constexpr int kVectors = kColumns > kWidth ? kColumns / kWidth : 1;
+
+// Columns of a line in float32, as many as a vector holds.
+template <int kColumns, typename T>
+INLINE Vec load_columns(const T* p) {
+#ifdef __AVX512F__
+  if constexpr (kColumns < kWidth) return load_half(p);
+#endif
+  return load_value(p);
+}
+
+// Products of M rows with a panel, step by step along k.
+template <typename Math>
+struct Stepwise {
+  // acc[row] += x[row] . w, where x has `steps` times Math::kDepth values. Meanwhile as much is fetched from `ahead` on as is read.
+  template <int kColumns, int M, typename X, typename Weight>
+  static INLINE void multiply(const X* const (&x)[M], const Weight* w, int64_t steps, const Weight* ahead,
+                              Vec (&acc)[M][kVectors<kColumns>]) {
+    for (int64_t i = 0; i < steps; ++i, w += kColumns, ahead += kColumns) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+      Math::template step<kColumns>(x, i, w, acc);
+    }
+  }
+};
 
 // Weights of type W widened in registers; x and what lies between A and B are float32.
 template <typename W>
-struct WideLora {
+struct WideLora : Stepwise<WideLora<W>> {
   using Weight = W;
   using X = float;
-  static constexpr int kDepth = kWidth;    // values of k that `dot` takes
-  static constexpr int kColumns = kWidth;  // columns that `add_ranks` takes
-  static constexpr int kRanks = 8;         // ranks of B that it takes, at most
-  static INLINE Vec dot(Vec acc, const X* x, const W* w) { return fma(load(x), load_value(w), acc); }
-  static INLINE Vec dot(Vec acc, const X* x, const W* w, int64_t count) {
-    return fma(load_part(x, count), load_part(w, count), acc);
-  }
-  static INLINE X narrow(float value) { return value; }
-
-  // y[row][0 : count] += the sum over R ranks of hidden[row][r] * b[r * n + 0 : count]; count is kColumns, or less if not kWhole.
-  template <int M, int R, bool kWhole>
-  static INLINE void add_ranks(const X* const* hidden, const W* b, int64_t n, float* const* y, int64_t count) {
-    Vec weight[R];
+  static constexpr int kDepth = 1;
+  static INLINE void narrow(Vec values, X* to) { store(to, values); }
+  template <int kColumns, int M>
+  static INLINE void step(const X* const (&x)[M], int64_t i, const W* w, Vec (&acc)[M][kVectors<kColumns>]) {
+    for (int v = 0; v < kVectors<kColumns>; ++v) {
+      const Vec weights = load_columns<kColumns>(w + v * kWidth);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) weight[r] = kWhole ? load_value(b + r * n) : load_part(b + r * n, count);
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      Vec acc = kWhole ? load(y[m]) : load_part(y[m], count);
-      for (int r = 0; r < R; ++r) acc = fma(fill(hidden[m][r]), weight[r], acc);
-      if (kWhole) {
-        store(y[m], acc);
-      } else {
-        alignas(64) float lanes[kWidth];
-        store(lanes, acc);
-        __builtin_memcpy(y[m], lanes, static_cast<size_t>(count) * sizeof(float));
-      }
+      for (int m = 0; m < M; ++m) acc[m][v] = fma(fill(x[m][i]), weights, acc[m][v]);
     }
   }
 };
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-
-// Dot products of pairs of bfloat16: two values of k, or the same column of two ranks. x and what lies between A and B are rounded.
-struct PairsLora {
-  using Weight = uint16_t;
-  using X = uint16_t;
-  static constexpr int kDepth = 2 * kWidth;
-  static constexpr int kColumns = 2 * kWidth;
-  static constexpr int kRanks = 16;
-  static INLINE Vec dot_pairs(Vec acc, __m512i x, __m512i w) {
-    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
-  }
-  static INLINE Vec dot(Vec acc, const X* x, const Weight* w) {
-    return dot_pairs(acc, _mm512_loadu_si512(x), _mm512_loadu_si512(w));
-  }
-  static INLINE Vec dot(Vec acc, const X* x, const Weight* w, int64_t count) {
-    const __mmask32 mask = (1u << count) - 1;
-    return dot_pairs(acc, _mm512_maskz_loadu_epi16(mask, x), _mm512_maskz_loadu_epi16(mask, w));
-  }
-  static INLINE X narrow(float value) { return to_bf16(value); }
-
-  template <int M, int R, bool kWhole>
-  static INLINE void add_ranks(const X* const* hidden, const Weight* b, int64_t n, float* const* y, int64_t count) {
-    const __mmask32 mask = kWhole ? ~0u : (1u << count) - 1;
-    const auto low_mask = static_cast<__mmask16>(mask), high_mask = static_cast<__mmask16>(mask >> 16);
-    // Instructions that interleave work on eight columns at a time: `low` gets columns 0 to 3 of each, `high` 4 to 7.
-    constexpr int kPairs = (R + 1) / 2;
-    __m512i low[kPairs], high[kPairs];
-#pragma GCC unroll 8
-    for (int p = 0; p < kPairs; ++p) {
-      const __m512i one = _mm512_maskz_loadu_epi16(mask, b + 2 * p * n);
-      const __m512i other = R % 2 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, b + (2 * p + 1) * n);
-      low[p] = _mm512_unpacklo_epi16(one, other);
-      high[p] = _mm512_unpackhi_epi16(one, other);
-    }
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      Vec lows = zero(), highs = zero();
-#pragma GCC unroll 8
-      for (int p = 0; p < kPairs; ++p) {
-        uint32_t pair = hidden[m][2 * p];
-        if (R % 2 == 0) __builtin_memcpy(&pair, hidden[m] + 2 * p, sizeof pair);
-        const __m512i both = _mm512_set1_epi32(static_cast<int>(pair));
-        lows = dot_pairs(lows, both, low[p]);
-        highs = dot_pairs(highs, both, high[p]);
-      }
-      const Vec left = _mm512_permutex2var_ps(lows, first, highs), right = _mm512_permutex2var_ps(lows, second, highs);
-      _mm512_mask_storeu_ps(y[m], low_mask, add(_mm512_maskz_loadu_ps(low_mask, y[m]), left));
-      _mm512_mask_storeu_ps(y[m] + kWidth, high_mask, add(_mm512_maskz_loadu_ps(high_mask, y[m] + kWidth), right));
-    }
-  }
-};
-
-using Bf16Lora = PairsLora;
+// The even and the odd ones of pairs of bfloat16.
+template <int kColumns>
+INLINE void widen_pairs(const uint32_t* w, Vec* even, Vec* odd) {
+#ifdef __AVX512F__
+  const __m512i pairs = kColumns < kWidth ? load_half(w) : _mm512_loadu_si512(w);
+  *even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  *odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 #else
-using Bf16Lora = WideLora<uint16_t>;
+  *even = even_bf16(w), *odd = odd_bf16(w);
+#endif
+}
+
+// The same with pairs of bfloat16.
+struct WidePairsLora : Stepwise<WidePairsLora> {
+  using Weight = uint32_t;
+  using X = float;
+  static constexpr int kDepth = 2;
+  static INLINE void narrow(Vec values, X* to) { store(to, values); }
+  template <int kColumns, int M>
+  static INLINE void step(const X* const (&x)[M], int64_t i, const Weight* w, Vec (&acc)[M][kVectors<kColumns>]) {
+    for (int v = 0; v < kVectors<kColumns>; ++v) {
+      Vec even, odd;
+      widen_pairs<kColumns>(w + v * kWidth, &even, &odd);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[m][v] = fma(fill(x[m][2 * i + 1]), odd, fma(fill(x[m][2 * i]), even, acc[m][v]));
+    }
+  }
+};
+
+#ifdef __AVX512BF16__
+
+INLINE uint32_t pair_at(const uint16_t* x, int64_t i) {
+  uint32_t pair;
+  __builtin_memcpy(&pair, x + 2 * i, sizeof pair);
+  return pair;
+}
+
+INLINE void store_rounded(Vec values, uint16_t* to) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(values);
+  __builtin_memcpy(to, &rounded, sizeof rounded);
+}
+
+// Dot products of pairs of bfloat16. x and what lies between A and B are rounded.
+struct DotPairsLora : Stepwise<DotPairsLora> {
+  using Weight = uint32_t;
+  using X = uint16_t;
+  static constexpr int kDepth = 2;
+  static INLINE void narrow(Vec values, X* to) { store_rounded(values, to); }
+  template <int kColumns, int M>
+  static INLINE void step(const X* const (&x)[M], int64_t i, const Weight* w, Vec (&acc)[M][1]) {
+    const auto weights = reinterpret_cast<__m512bh>(kColumns < kWidth ? load_half(w) : _mm512_loadu_si512(w));
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      acc[m][0] = _mm512_dpbf16_ps(acc[m][0], weights, reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair_at(x[m], i)))));
+    }
+  }
+};
+
 #endif
 
-// Weights of one item that are read while those of the one before it are used; null where they have been fetched.
+constexpr int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+// The A or B that an item reads.
 template <typename T>
-struct Ahead {
-  const T* weights;
-  int64_t stride;  // from rank to rank
-};
-
-// hidden[row][i] = x[row] . a[i] for M rows and R ranks, of which all sums fit a vector.
-template <typename Math, int M, int R>
-INLINE void dot_ranks(const typename Math::X* const* x, const typename Math::Weight* a, typename Math::X* const* hidden,
-                      int64_t rank, int64_t k, const Ahead<typename Math::Weight>& ahead) {
-  static_assert(M * R <= kWidth);
-  Vec acc[kWidth];
-#pragma GCC unroll 16
-  for (int i = 0; i < kWidth; ++i) acc[i] = zero();
-  a += rank * k;
-  int64_t c = 0;
-  for (; c + Math::kDepth <= k; c += Math::kDepth) {
-    if (ahead.weights) fetch(ahead.weights + rank * ahead.stride + c * R, Math::kDepth * R);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) acc[m * R + i] = Math::dot(acc[m * R + i], x[m] + c, a + i * k + c);
-  }
-  if (c < k) {
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) acc[m * R + i] = Math::dot(acc[m * R + i], x[m] + c, a + i * k + c, k - c);
-  }
-  alignas(64) float found[kWidth];
-  store(found, sums(acc));
-  for (int m = 0; m < M; ++m)
-    for (int i = 0; i < R; ++i) hidden[m][rank + i] = Math::narrow(found[m * R + i]);
+INLINE const T* weights_of(const Lora& l, const LoraItem& item, bool down) {
+  constexpr int64_t kValueBytes = std::is_same_v<T, uint32_t> ? 2 : sizeof(T);
+  const LoraGroup& group = l.groups[item.group];
+  const LoraModule& module = l.modules[item.module];
+  const int64_t value = group.slot * l.size + group.rank * (l.start + (down ? module.a : module.b));
+  return reinterpret_cast<const T*>(static_cast<const char*>(l.bank) + value * kValueBytes);
 }
 
-// y[row][0 : columns] += sum over R ranks of hidden[row][r] * b[r, 0 : columns]. A block of y stays in the cache while ranks pass
-// over it, and every rank is read as one stream.
-template <typename Math, int M, int R>
-INLINE void add_ranks(const typename Math::X* const* hidden, const typename Math::Weight* b, float* const* y, int64_t rank,
-                      int64_t columns, int64_t n, const Ahead<typename Math::Weight>& ahead) {
-  constexpr int64_t kLine = 64 / sizeof(typename Math::Weight);
-  const typename Math::X* of_row[M];
-  float* to[M];
-  for (int m = 0; m < M; ++m) of_row[m] = hidden[m] + rank, to[m] = y[m];
-  b += rank * n;
-  int64_t c = 0;
-  for (; c + Math::kColumns <= columns; c += Math::kColumns) {
-    if (ahead.weights && c % kLine == 0) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) fetch(ahead.weights + (rank + r) * ahead.stride + c, 1);
-    }
-    Math::template add_ranks<M, R, true>(of_row, b + c, n, to, Math::kColumns);
-    for (int m = 0; m < M; ++m) to[m] += Math::kColumns;
-  }
-  if (c < columns) Math::template add_ranks<M, R, false>(of_row, b + c, n, to, columns - c);
-}
-
-// The ranks of A, or the columns of B, that an item reads.
+// Where in it an item begins.
 template <typename T>
-struct LoraPart {
-  LoraPart(const Lora& l, const LoraItem& item, bool down)
-      : group(l.groups[item.group]),
-        module(l.modules[item.module]),
-        weights(static_cast<const T*>(l.bank) + group.slot * l.size +
-                (down ? module.a + item.first * l.k : module.b + item.first)),
-        count((down ? group.rank : module.n) - item.first),
-        stride(down ? l.k : module.n) {
-    const int64_t most = down ? kRankBlock : kColumnBlock;
-    if (count > most) count = most;
-  }
-  const LoraGroup& group;
-  const LoraModule& module;
-  const T* weights;
-  int64_t count, stride;
-};
-
-// Where the scales of a module lie in a bank of int8.
-INLINE const int8_t* scales_of(const Lora& l, const LoraPart<int8_t>& part) {
-  return static_cast<const int8_t*>(l.bank) + part.group.slot * l.size + part.module.b + l.ranks * part.module.n;
+INLINE int64_t first_of(const Lora& l, const LoraItem& item, bool down) {
+  const int64_t rank = l.groups[item.group].rank;
+  return item.first * (down ? smaller(rank, kLoraPanel) : rank) / (std::is_same_v<T, uint32_t> ? 2 : 1);
 }
 
-// hidden[r] *= scales[r], which need not be aligned.
-INLINE void scale_ranks(float* hidden, const int8_t* scales, int64_t count) {
-  for (int64_t r = 0; r < count; ++r) {
-    float scale;
-    __builtin_memcpy(&scale, scales + r * kScaleBytes, sizeof scale);
-    hidden[r] *= scale;
-  }
+// Where the scales of ranks lie in a bank of int8.
+INLINE const float* scales_of(const Lora& l, const LoraItem& item) {
+  const LoraGroup& group = l.groups[item.group];
+  return reinterpret_cast<const float*>(weights_of<int8_t>(l, item, false) + group.rank * filled_up(l.modules[item.module].n, kLoraUnit));
 }
 
 // [begin, end) in blocks of N, then of the smaller ones, and then of one: body(the size of the block, its first).
@@ -201,66 +160,136 @@ INLINE void in_blocks(int64_t begin, int64_t end, Body body) {
   }
 }
 
-// What lies between A and B of a module, [ranks], for one row.
-template <typename X>
-INLINE X* hidden_of(const Lora& l, const LoraItem& item, int64_t row) {
-  return static_cast<X*>(l.hidden) + (item.module * l.m + l.rows[row]) * l.ranks;
+// body(the columns of a panel of which so many are left).
+template <typename Body>
+INLINE void with_columns(int64_t left, Body body) {
+  left > kLoraUnit ? body(std::integral_constant<int, kLoraPanel>()) : body(std::integral_constant<int, kLoraUnit>());
 }
 
-// Four rows at a time, then one: pass(rows, item, its part, the first row, what to fetch meanwhile).
-template <typename T, typename Pass>
-INLINE void each_item(const Lora& l, const LoraItem* items, int64_t count, bool down, int64_t begin, int64_t end, Pass pass) {
-  for (int64_t i = begin; i < end; ++i) {
-    const LoraPart<T> part(l, items[i], down);
-    Ahead<T> ahead{nullptr, 0};
-    if (i + 1 < count) {
-      const LoraPart<T> next(l, items[i + 1], down);
-      ahead = {next.weights, next.stride};
-    }
-    in_blocks<4>(part.group.begin, part.group.end, [&](auto rows, int64_t row) {
-      pass(rows, items[i], part, row, ahead);
-      ahead.weights = nullptr;
+// The sums over a part of k between A and B of a module for one row, [hidden_stride].
+INLINE float* hidden_of(const Lora& l, int64_t module, int64_t part, int64_t row) {
+  return static_cast<float*>(l.hidden) + ((module * l.parts + part) * l.m + row) * l.hidden_stride;
+}
+
+// Those sums of an item for M of its group's rows, from entry `at` of Lora::rows on. What is fetched meanwhile begins at `ahead`.
+template <typename Math, int M>
+INLINE void down_rows(const Lora& l, const LoraItem& item, int64_t at, const typename Math::Weight* a, const typename Math::Weight* ahead) {
+  const typename Math::X* x[M];
+  float* hidden[M];
+  for (int m = 0; m < M; ++m) {
+    x[m] = static_cast<const typename Math::X*>(l.x) + l.rows[at + m] * l.x_stride + item.first;
+    hidden[m] = hidden_of(l, item.module, item.first / l.part, l.rows[at + m]);
+  }
+  const int64_t rank = l.groups[item.group].rank, count = smaller(l.k - item.first, l.part);
+  for (int64_t r = 0; r < rank; r += kLoraPanel) {
+    with_columns(rank - r, [&](auto columns) {
+      constexpr int kColumns = columns;
+      const int64_t from = (r * l.k + item.first * kColumns) / Math::kDepth;
+      Vec acc[M][kVectors<kColumns>];
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < kVectors<kColumns>; ++v) acc[m][v] = zero();
+      Math::template multiply<kColumns>(x, a + from, count / Math::kDepth, ahead + r * l.k / Math::kDepth, acc);
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < kVectors<kColumns>; ++v) store(hidden[m] + r + v * kWidth, acc[m][v]);
     });
   }
 }
 
+// What lies between A and B for one row, [hidden_stride], from the sums over parts of k; it holds anything behind the ranks.
+template <typename Math>
+INLINE void join_parts(const Lora& l, const LoraItem& item, int64_t row, typename Math::X* hidden) {
+  const int64_t rank = l.groups[item.group].rank;
+  for (int64_t r = 0; r < rank; r += kWidth) {
+    Vec sum = load(hidden_of(l, item.module, 0, row) + r);
+    for (int64_t part = 1; part < l.parts; ++part) sum = add(sum, load(hidden_of(l, item.module, part, row) + r));
+    if constexpr (std::is_same_v<typename Math::Weight, int8_t>) sum = mul(sum, load_part(scales_of(l, item) + r, smaller(rank - r, kWidth)));
+    Math::narrow(sum, hidden + r);
+  }
+}
+
+// y += hidden B for the columns of an item and M rows, whose hidden [rank] lie at `hidden`.
+template <typename Math, int M>
+INLINE void up_rows(const Lora& l, const LoraItem& item, int64_t at, const typename Math::X* const (&hidden)[M],
+                    const typename Math::Weight* b, const typename Math::Weight* ahead) {
+  const LoraModule& module = l.modules[item.module];
+  const int64_t rank = l.groups[item.group].rank, end = smaller(item.first + kColumnBlock, module.n);
+  const int64_t first = first_of<typename Math::Weight>(l, item, false);
+  for (int64_t column = item.first; column < end; column += kLoraPanel) {
+    with_columns(module.n - column, [&](auto columns) {
+      constexpr int kColumns = columns, V = kVectors<kColumns>;
+      const int64_t from = column * rank / Math::kDepth, left = smaller(module.n - column, kColumns);
+      const bool whole = left == V * kWidth;
+      const auto part_of = [left](int v) { return left > v * kWidth ? smaller(left - v * kWidth, kWidth) : 0; };
+      float* y[M];
+      Vec acc[M][V];
+      for (int m = 0; m < M; ++m) {
+        y[m] = l.y + l.rows[at + m] * l.n + module.column + column;
+        for (int v = 0; v < V; ++v) acc[m][v] = whole ? load(y[m] + v * kWidth) : load_part(y[m] + v * kWidth, part_of(v));
+      }
+      Math::template multiply<kColumns>(hidden, b + from, rank / Math::kDepth, ahead + from - first, acc);
+      for (int m = 0; m < M; ++m) {
+        for (int v = 0; v < V; ++v) whole ? store(y[m] + v * kWidth, acc[m][v]) : store_part(y[m] + v * kWidth, acc[m][v], part_of(v));
+      }
+    });
+  }
+}
+
+// pass(item, the A or B, where its part of it begins, where that of the next one does) for every item. Adapters lie far apart, so that the
+// hardware's own prefetching starts over with each: the first rows that pass over an item's weights fetch those of the next one, a line for
+// a line.
+template <typename T, typename Pass>
+INLINE void each_item(const Lora& l, const LoraItem* items, int64_t count, bool down, int64_t begin, int64_t end, Pass pass) {
+  for (int64_t i = begin; i < end; ++i) {
+    const auto begin_of = [&](const LoraItem& item) { return weights_of<T>(l, item, down) + first_of<T>(l, item, down); };
+    const T* own = begin_of(items[i]);
+    pass(items[i], weights_of<T>(l, items[i], down), own, i + 1 < count ? begin_of(items[i + 1]) : own);
+  }
+}
+
+constexpr int kLoraRows = kWidth == 16 ? 8 : 4;  // rows that share a pass over weights
+
 template <typename Math>
 void lora_down(const Lora& l, int64_t begin, int64_t end) {
   using T = typename Math::Weight;
-  using X = typename Math::X;
-  each_item<T>(l, l.down, l.down_count, true, begin, end,
-               [&](auto rows, const LoraItem& item, const LoraPart<T>& part, int64_t row, const Ahead<T>& ahead) {
-                 constexpr int M = rows, R = M == 1 ? 8 : kWidth / M;
-                 const X* x[M];
-                 X* hidden[M];
-                 for (int m = 0; m < M; ++m) {
-                   x[m] = static_cast<const X*>(l.x) + l.rows[row + m] * l.x_stride;
-                   hidden[m] = hidden_of<X>(l, item, row + m) + item.first;
-                 }
-                 in_blocks<R>(0, part.count, [&](auto ranks, int64_t rank) {
-                   dot_ranks<Math, M, decltype(ranks)::value>(x, part.weights, hidden, rank, l.k, ahead);
-                 });
-                 if constexpr (std::is_same_v<T, int8_t>) {
-                   for (int m = 0; m < M; ++m) scale_ranks(hidden[m], scales_of(l, part) + item.first * kScaleBytes, part.count);
-                 }
-               });
+  each_item<T>(l, l.down, l.down_count, true, begin, end, [&](const LoraItem& item, const T* a, const T* own, const T* next) {
+    const LoraGroup& group = l.groups[item.group];
+    in_blocks<kLoraRows, 2>(group.begin, group.end, [&](auto rows, int64_t at) {
+      down_rows<Math, decltype(rows)::value>(l, item, at, a, at == group.begin ? next : own);
+    });
+  });
 }
 
 template <typename Math>
 void lora_up(const Lora& l, int64_t begin, int64_t end) {
   using T = typename Math::Weight;
   using X = typename Math::X;
-  each_item<T>(l, l.up, l.up_count, false, begin, end,
-               [&](auto rows, const LoraItem& item, const LoraPart<T>& part, int64_t row, const Ahead<T>& ahead) {
-                 constexpr int M = rows;
-                 const X* hidden[M];
-                 float* y[M];
-                 for (int m = 0; m < M; ++m) {
-                   hidden[m] = hidden_of<X>(l, item, row + m);
-                   y[m] = l.y + l.rows[row + m] * l.n + part.module.column + item.first;
-                 }
-                 in_blocks<Math::kRanks, 8>(0, part.group.rank, [&](auto ranks, int64_t rank) {
-                   add_ranks<Math, M, decltype(ranks)::value>(hidden, part.weights, y, rank, part.count, part.stride, ahead);
-                 });
-               });
+  thread_local Memory memory;
+  X* const joined = reinterpret_cast<X*>(memory.reserve(kLoraRows * l.hidden_stride));
+  each_item<T>(l, l.up, l.up_count, false, begin, end, [&](const LoraItem& item, const T* b, const T* own, const T* next) {
+    const LoraGroup& group = l.groups[item.group];
+    in_blocks<kLoraRows, 2>(group.begin, group.end, [&](auto rows, int64_t at) {
+      constexpr int M = decltype(rows)::value;
+      const X* hidden[M];
+      for (int m = 0; m < M; ++m) {
+        X* const of_row = joined + m * l.hidden_stride;
+        join_parts<Math>(l, item, l.rows[at + m], of_row);
+        hidden[m] = of_row;
+      }
+      up_rows<Math, M>(l, item, at, hidden, b, at == group.begin ? next : own);
+    });
+  });
 }
+
+#if !defined(__AVX512BF16__)
+using Bf16Lora = WidePairsLora;
+#elif !defined(__AMX_BF16__)
+using Bf16Lora = DotPairsLora;
+#endif
+
+#ifndef __AMX_BF16__
+
+constexpr auto lora_down_bf16 = lora_down<Bf16Lora>;
+constexpr auto lora_up_bf16 = lora_up<Bf16Lora>;
+constexpr bool kLoraRounded = std::is_same_v<Bf16Lora::X, uint16_t>;
+
+#endif

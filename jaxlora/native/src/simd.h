@@ -210,6 +210,13 @@ INLINE Vec load_part(const T* p, int64_t count) {
   return load_value(lanes);
 }
 
+// The first `count` lanes.
+INLINE void store_part(float* p, Vec v, int64_t count) {
+  alignas(64) float lanes[kWidth];
+  store(lanes, v);
+  __builtin_memcpy(p, lanes, static_cast<size_t>(count) * sizeof(float));
+}
+
 // To the nearest bfloat16, ties to even; NaN stays NaN.
 INLINE uint16_t to_bf16(float value) {
   uint32_t bits;

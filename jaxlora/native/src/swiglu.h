@@ -12,10 +12,6 @@ void swiglu(const float* x, float* y, int64_t n, int64_t begin, int64_t end) {
     float* out = y + row * n;
     int64_t i = 0;
     for (; i + kWidth <= n; i += kWidth) store(out + i, silu_times(load(gate + i), load(up + i)));
-    if (i < n) {
-      alignas(64) float lanes[kWidth];
-      store(lanes, silu_times(load_part(gate + i, n - i), load_part(up + i, n - i)));
-      __builtin_memcpy(out + i, lanes, static_cast<size_t>(n - i) * sizeof(float));
-    }
+    if (i < n) store_part(out + i, silu_times(load_part(gate + i, n - i), load_part(up + i, n - i)), n - i);
   }
 }
