@@ -77,7 +77,8 @@ class Kernels:
         eps: float = 0.0,
     ) -> tuple[Array, Array, Array]:
         """Stores the new keys and values, then attends causally over each row's own slot; queries and keys are turned by their positions
-        before (rotary embedding), and have a root-mean-square norm before that where `norms` says so.
+        before (rotary embedding), and have a root-mean-square norm before that where `norms` says so. In float32; but where the cache is
+        bfloat16 and heads are multiples of 32, `amxbf16` leaves queries and weights 16 bits.
 
         Arguments:
             qkv: float32 [m, t, (heads + 2 kv) d], queries, keys and values side by side, of m t tokens.

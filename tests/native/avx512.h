@@ -117,6 +117,8 @@ float reduce_max_ps(__m512 a) {
   return top;
 }
 
+__m512i add_epi32(__m512i a, __m512i b) { return as<__m512i>(as<Words>(a) + as<Words>(b)); }
+__m512i srli_epi32(__m512i a, int count) { return as<__m512i>(as<Words>(a) >> count); }
 __m512i slli_epi32(__m512i a, int count) { return as<__m512i>(as<Words>(a) << count); }
 __m512i and_si512(__m512i a, __m512i b) { return a & b; }
 __m512i or_si512(__m512i a, __m512i b) { return a | b; }
@@ -240,6 +242,7 @@ __m512h fmadd_ph(__m512h a, __m512h b, __m512h c) {  // a double holds product a
 }  // namespace emulated
 
 #define _mm512_abs_ps emulated::abs_ps
+#define _mm512_add_epi32 emulated::add_epi32
 #define _mm512_add_ps emulated::add_ps
 #define _mm512_and_si512 emulated::and_si512
 #define _mm512_castph_si512 emulated::castph_si512
@@ -284,6 +287,7 @@ __m512h fmadd_ph(__m512h a, __m512h b, __m512h c) {  // a double holds product a
 #define _mm512_shuffle_f32x4 emulated::shuffle_f32x4
 #define _mm512_shuffle_ps emulated::shuffle_ps
 #define _mm512_slli_epi32 emulated::slli_epi32
+#define _mm512_srli_epi32 emulated::srli_epi32
 #define _mm512_store_si512 emulated::store_si512
 #define _mm512_storeu_ps emulated::storeu_ps
 #define _mm512_storeu_si512 emulated::storeu_si512

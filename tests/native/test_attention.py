@@ -35,7 +35,7 @@ def new_tokens(batch: int, chunk: int, d: int, normed: bool = False) -> tuple[np
     return normal(1, batch, chunk, (HEADS + 2 * KV) * d), rotation, norms
 
 
-@pytest.mark.parametrize("dtype, window, normed", [("float32", 0, False), ("float32", 40, True), ("bfloat16", 1, False)])
+@pytest.mark.parametrize("dtype, window, normed", [("float32", 0, False), ("float32", 40, True), ("bfloat16", 1, False), ("bfloat16", 0, False), ("bfloat16", 40, False)])
 @pytest.mark.parametrize(
     "chunk, d, starts, lengths",
     [
@@ -60,7 +60,7 @@ def test_attention_equals_its_twin(
     assert (normed or same_bits(got[1], want[1])) and same_bits(got[2], want[2])
 
 
-@pytest.mark.parametrize("dtype, window", [("float32", 0), ("bfloat16", 70)])
+@pytest.mark.parametrize("dtype, window", [("float32", 0), ("bfloat16", 0), ("bfloat16", 70)])
 def test_a_token_is_bitwise_the_same_in_any_chunk_and_batch(kernels: native.Kernels, dtype: str, window: int) -> None:
     total, d = 280, 64
     qkv, *rest = new_tokens(1, total, d, normed=window > 0)
@@ -91,14 +91,15 @@ def test_a_token_is_bitwise_the_same_in_any_chunk_and_batch(kernels: native.Kern
         assert same_bits(generate(chunk, slot, others), whole), chunk
 
 
-@pytest.mark.parametrize("dtype, d", [("float32", 64), ("bfloat16", 80)])
+@pytest.mark.parametrize("dtype, d", [("float32", 64), ("bfloat16", 64), ("bfloat16", 80)])
 def test_rows_of_any_lengths_share_a_step_and_are_each_bitwise_as_alone(kernels: native.Kernels, dtype: str, d: int) -> None:
     starts, lengths, slots, offsets = [3, 250, 0, 131, 9], [90, 1, 0, 33, 1], [2, 0, 1, 4, 3], [0, 93, 94, 94, 127]
     (qkv, *rest), caches = new_tokens(4, 33, d, normed=True), cached(dtype, 5, d)
     where = [jnp.int32(numbers) for numbers in (starts, lengths, slots, offsets)]
     options = dict(scale=d**-0.5, window=70, eps=1e-5)
     got = kernels.attention(qkv, *rest, *caches, *where, **options)
-    for ours, twins, bound in zip(got, twin_attention(qkv, *rest, *caches, *where, **options), (2e-5, 1e-5, 1e-5)):
+    bounds = (2e-5 if dtype == "float32" else 2e-4, 1e-5, 1e-5)  # a key may come out on the other side of what its cache rounds
+    for ours, twins, bound in zip(got, twin_attention(qkv, *rest, *caches, *where, **options), bounds):
         np.testing.assert_allclose(ours.astype(jnp.float32), twins.astype(jnp.float32), rtol=bound if dtype == "float32" else 1e-2, atol=bound)
     flat, tokens = got[0].reshape(132, HEADS, d), qkv.reshape(1, 132, -1)
     for start, length, slot, offset in zip(starts, lengths, slots, offsets):
@@ -128,8 +129,9 @@ def test_idle_rows_and_tokens_write_nothing_and_come_out_as_zeros(kernels: nativ
         assert changed.tolist() == [[1, 20], [1, 21]]
 
 
-def test_what_lies_beyond_a_sequence_is_not_read(kernels: native.Kernels) -> None:
-    k_cache, v_cache = cached("float32", 1, 32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_lies_beyond_a_sequence_is_not_read(kernels: native.Kernels, dtype: str) -> None:
+    k_cache, v_cache = cached(dtype, 1, 32)
     rest = (jnp.int32([10]), jnp.int32([3]), jnp.int32([0]), rows(1, 5))
     step = functools.partial(kernels.attention, scale=1.0)
     clean = step(*new_tokens(1, 5, 32), k_cache, v_cache, *rest)[0]

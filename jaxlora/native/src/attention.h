@@ -2,7 +2,6 @@
 // query meets them in ascending order, so that a token's result does not depend on the tile, the chunk or the batch it came in.
 // While a block's keys are used its values are fetched, and while those are used the keys that come next: sequences lie far apart.
 
-constexpr int64_t kBlock = 128;  // positions: their keys and values stay in the cache while every query of a tile meets them
 constexpr int kValueVecs = kWidth == 16 ? 4 : 2;  // vectors of the head dimension that are summed at once
 constexpr int kValueRows = 6;                     // queries that are summed at once
 constexpr int kWidenFor = 6;       // queries from which a block of bfloat16 is widened once instead of at every use
@@ -85,12 +84,13 @@ struct Workspace {
   alignas(64) float out[kTileQueries * kMaxHead];
   alignas(64) float keys[kBlock * kMaxHead];  // a block of bfloat16 that was widened once for many queries
   alignas(64) float values[kBlock * kMaxHead];
+  BlockTiles tiles;
 };
 
 template <typename Cache>
 class QueryTile {
  public:
-  explicit QueryTile(Workspace& w) : vectors_(w.vectors), weights_(w.weights), out_(w.out), keys_(w.keys), values_(w.values) {}
+  explicit QueryTile(Workspace& w) : vectors_(w.vectors), weights_(w.weights), out_(w.out), keys_(w.keys), values_(w.values), tiles_(w.tiles) {}
 
   // Where the vector of the query that `push` adds next belongs.
   float* vector(int64_t d) { return vectors_ + count_ * d; }
@@ -112,10 +112,17 @@ class QueryTile {
       low = queries_[r].low < low ? queries_[r].low : low;
       high = queries_[r].high > high ? queries_[r].high : high;
     }
+    const bool tiled = sizeof(Cache) == 2 && BlockTiles::take(d);
+    if (tiled) tiles_.begin(vectors_, count_, d);
     for (int64_t block = low / kBlock * kBlock; block <= high; block += kBlock) {
       int64_t end = high + 1 - block < kBlock ? high + 1 - block : kBlock, begin = low > block ? low - block : 0;
       const Cache *block_keys = keys + block * d, *block_values = values + block * d;
+      const Cache* next = block + kBlock <= high ? block_keys + kBlock * d : after;
       if constexpr (sizeof(Cache) == 2) {
+        if (tiled) {
+          attend_by_tiles(block_keys, block_values, block, begin, end, s - block, d, next, next ? values + (next - keys) : nullptr);
+          continue;
+        }
         if (count_ >= kWidenFor) {
           widen(block_keys, keys_, begin * d, end * d);
           widen(block_values, values_, begin * d, end * d);
@@ -123,8 +130,9 @@ class QueryTile {
           continue;
         }
       }
-      attend_block(block_keys, block_values, block, begin, end, s - block, d, block + kBlock <= high ? block_keys + kBlock * d : after);
+      attend_block(block_keys, block_values, block, begin, end, s - block, d, next);
     }
+    if (tiled) tiles_.end();
   }
 
   void finish(int r, float* out, int64_t d) {
@@ -154,6 +162,27 @@ class QueryTile {
     }
   }
 
+  void attend_by_tiles(const Cache* keys, const Cache* values, int64_t block, int64_t begin, int64_t end, int64_t rows, int64_t d,
+                       const Cache* next_keys, const Cache* next_values) {
+    tiles_.score(keys, values, next_keys, next_values, weights_, count_, begin, end, rows, d);
+    for (int r = 0; r < count_; ++r) {
+      float* scores = weights_ + r * kBlock;
+      for (int64_t g = begin / kWidth * kWidth; g < end; g += kWidth) {
+        const int64_t low = queries_[r].low - block - g, high = queries_[r].high - block - g;
+        if (low < kWidth && high >= 0) store(scores + g, mask(load(scores + g), low, high));
+      }
+      weigh(r, block, begin, end, d);
+    }
+    tiles_.add_values(weights_, out_, count_, begin, end, d);
+  }
+
+  // Scores of the lanes [low, high], of which there are some; the others are not seen.
+  static INLINE Vec mask(Vec scores, int64_t low, int64_t high) {
+    if (high < kWidth - 1) scores = first(static_cast<int>(high) + 1, scores, fill(kMasked));
+    if (low > 0) scores = first(static_cast<int>(low), fill(kMasked), scores);
+    return scores;
+  }
+
   template <int D, typename T>
   void score(const T* keys, const T* values, int64_t block, int64_t begin, int64_t end, int64_t rows, int64_t d) {
     for (int64_t g = begin / kWidth * kWidth; g < end; g += kWidth) {
@@ -163,9 +192,7 @@ class QueryTile {
         int64_t low = query.low - block - g, high = query.high - block - g;  // the lanes that it sees
         Vec scores = fill(kMasked);
         if (low < kWidth && high >= 0) {
-          scores = dot_keys<D>(vectors_ + r * d, keys + g * d, rows - 1 - g, d);
-          if (high < kWidth - 1) scores = first(static_cast<int>(high) + 1, scores, fill(kMasked));
-          if (low > 0) scores = first(static_cast<int>(low), fill(kMasked), scores);
+          scores = mask(dot_keys<D>(vectors_ + r * d, keys + g * d, rows - 1 - g, d), low, high);
         }
         store(weights_ + r * kBlock + g, scores);
       }
@@ -202,6 +229,7 @@ class QueryTile {
   int count_ = 0;
   Query queries_[kTileQueries];
   float *const vectors_, *const weights_, *const out_, *const keys_, *const values_;
+  BlockTiles& tiles_;
 };
 
 // A query or key [d] as attention takes it: its norm, where `norm` has scales, turned by its position (Su et al. 2021). The halves of

@@ -18,6 +18,7 @@ namespace {
 #include "halves.h"
 #include "int8.h"
 #include "norm.h"
+#include "attention_tiles.h"
 #include "attention.h"
 #include "causal.h"
 #include "adapted.h"

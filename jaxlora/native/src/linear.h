@@ -253,10 +253,7 @@ void round_rows(const float* x, uint16_t* rounded, int64_t k, int64_t row_begin,
     const float* from = x + row * k;
     uint16_t* to = rounded + row * padded;
     int64_t i = 0;
-    for (; i + kWidth <= k; i += kWidth) {
-      const __m256bh values = _mm512_cvtneps_pbh(load(from + i));
-      __builtin_memcpy(to + i, &values, sizeof values);
-    }
+    for (; i + kWidth <= k; i += kWidth) store_rounded(load(from + i), to + i);
     for (; i < k; ++i) to[i] = to_bf16(from[i]);
     for (; i < padded; ++i) to[i] = 0;
   }

@@ -99,11 +99,6 @@ INLINE uint32_t pair_at(const uint16_t* x, int64_t i) {
   return pair;
 }
 
-INLINE void store_rounded(Vec values, uint16_t* to) {
-  const __m256bh rounded = _mm512_cvtneps_pbh(values);
-  __builtin_memcpy(to, &rounded, sizeof rounded);
-}
-
 // Dot products of pairs of bfloat16. x and what lies between A and B are rounded.
 struct DotPairsLora : Stepwise<DotPairsLora> {
   using Weight = uint32_t;
@@ -121,10 +116,6 @@ struct DotPairsLora : Stepwise<DotPairsLora> {
 };
 
 #endif
-
-constexpr int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
 
 // The A or B that an item reads.
 template <typename T>

@@ -224,11 +224,23 @@ INLINE uint16_t to_bf16(float value) {
   const uint32_t quiet = (bits >> 16) | 0x40, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
+
+#ifdef __AVX512BF16__
+INLINE void store_rounded(Vec values, uint16_t* to) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(values);
+  __builtin_memcpy(to, &rounded, sizeof rounded);
+}
+#endif
+
 INLINE void store_value(float* p, float value) {
   *p = value;
 }
 INLINE void store_value(uint16_t* p, float value) {
   *p = to_bf16(value);
+}
+
+constexpr int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
 }
 
 constexpr float kLog2E = 1.44269504f;

@@ -13,7 +13,9 @@ constexpr int64_t kLineBytes = kPanel * 4;  // from a pair of k to the next one 
 // Lets this thread use whole tiles while it lives.
 class Tiles {
  public:
-  Tiles() {
+  Tiles() { load(); }
+  ~Tiles() { _tile_release(); }
+  static void load() {
     struct alignas(64) {
       uint8_t palette = 1, rest[15] = {};
       uint16_t row_bytes[16] = {};
@@ -23,7 +25,6 @@ class Tiles {
     asm volatile("" ::"r"(&shapes) : "memory");  // GCC's intrinsics don't say what they read
     _tile_loadconfig(&shapes);
   }
-  ~Tiles() { _tile_release(); }
 };
 
 // Onto tiles 0 and 1, and for rows past the first 16 onto 2 and 3: 32 values of k of the rows by those of a panel.
