@@ -6,6 +6,7 @@ Rates and latencies are those of the last seconds.
 import argparse
 import collections
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from client import terminal
 from client.errors import ServerUnreachable
 from client.scrape import Between, Reading, read
 
-DEFAULT_URL = "http://localhost:8002/metrics"
+DEFAULT_URL = f"http://localhost:{os.environ.get('METRICS_PORT', '8002')}/metrics"
 WINDOW_S = 10.0
 MAX_ROWS = 30
 

@@ -213,3 +213,11 @@ def test_every_command_explains_itself_without_a_server(module):
 def test_a_client_of_a_server_loads_no_jax():
     script = "import sys, client.adapters, client.chat, client.generate; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
+def test_the_server_is_looked_for_at_the_port_of_the_environment() -> None:
+    code = "from client.wire import DEFAULT_URL; from client import top; from training.sft import SftOptions; print(DEFAULT_URL, top.DEFAULT_URL, SftOptions.parse(['--data', 'x', '--name', 'a/b'], '').url)"
+    for ports, want in (({}, ("8001", "8002")), ({"GRPC_PORT": "9101", "METRICS_PORT": "9102"}, ("9101", "9102"))):
+        environ = {name: value for name, value in os.environ.items() if name not in ("GRPC_PORT", "METRICS_PORT")} | ports
+        told = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True).stdout.split()
+        assert told == [f"localhost:{want[0]}", f"http://localhost:{want[1]}/metrics", f"localhost:{want[0]}"]

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Self
 
+from client.wire import DEFAULT_URL
 from jaxlora.errors import SetupError
 
 STORE = pathlib.Path("model_repository/adapters")
@@ -98,7 +99,7 @@ class Options:
     log_every: int = option(1, "steps between lines of metrics.jsonl", free=True, low=1)
 
     store: pathlib.Path = option(STORE, "adapter store", free=True)
-    url: str = option("localhost:8001", "host:port of the server's gRPC endpoint", free=True)
+    url: str = option(DEFAULT_URL, "host:port of the server's gRPC endpoint", free=True)
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None, description: str) -> Self:
