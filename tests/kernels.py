@@ -1,4 +1,4 @@
-"""The native kernels that this machine would use. They take about a minute to build, so all tests take those of the cache that serving uses."""
+"""The native kernels that this machine would use. They take half a minute to build, so all tests take those of the cache that serving uses."""
 
 import pathlib
 

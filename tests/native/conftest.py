@@ -19,9 +19,11 @@ ISAS = ("amxbf16", "avx512fp16", "avx512bf16", "avx512", "avx2")
 
 @pytest.fixture(scope="session")
 def build_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """With the libraries of all sets that this machine has: at once, since each compiles on one core."""
     folder = tmp_path_factory.mktemp("native")
     with contextlib.suppress(build.BuildError):  # then the tests say why
-        shutil.copy(build.library(tests.kernels.build_dir()), folder)
+        for path in build.libraries(tests.kernels.build_dir(), build.known()).values():
+            shutil.copy(path, folder)
     return folder
 
 

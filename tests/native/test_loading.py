@@ -18,18 +18,16 @@ from jaxlora.native import build
 from .arrays import normal, same_bits
 
 
-def test_a_second_build_takes_the_library_that_is_there(kernels: native.Kernels, build_dir: pathlib.Path) -> None:
-    there = [path for path in build_dir.iterdir() if path.suffix == ".so"]
-    before = [path.stat().st_mtime_ns for path in there]
+def test_a_second_build_takes_the_libraries_that_are_there(kernels: native.Kernels, build_dir: pathlib.Path) -> None:
+    there = {path: path.stat().st_mtime_ns for path in build_dir.iterdir() if path.suffix == ".so"}
     told: list[str] = []
-    assert [build.library(build_dir, told.append)] == there and not told
-    assert [path for path in build_dir.iterdir() if path.suffix != ".checked"] == there
-    assert [path.stat().st_mtime_ns for path in there] == before
+    assert set(build.libraries(build_dir, build.known(), told.append).values()) == set(there) and not told
+    assert {path: path.stat().st_mtime_ns for path in build_dir.iterdir() if path.suffix != ".checked"} == there
 
 
-@pytest.mark.skipif("EMULATE_AVX512" in os.environ, reason="there every set is built")
-def test_the_instruction_sets_of_this_cpu_are_built_and_no_others(kernels: native.Kernels, build_dir: pathlib.Path) -> None:
-    library, flags = build.library(build_dir).read_bytes(), pathlib.Path("/proc/cpuinfo").read_text().split()
+@pytest.mark.skipif("EMULATE_AVX512" in os.environ, reason="there every set is known")
+def test_the_instruction_sets_of_this_cpu_are_known_and_no_others(kernels: native.Kernels) -> None:
+    flags = pathlib.Path("/proc/cpuinfo").read_text().split()
     wanted = {
         "amxbf16": {"amx_bf16", "avx512_bf16"},
         "avx512fp16": {"avx512_fp16"},
@@ -38,12 +36,40 @@ def test_the_instruction_sets_of_this_cpu_are_built_and_no_others(kernels: nativ
         "avx2": {"avx2", "fma"},
     }
     for isa, needs in wanted.items():
-        known = subprocess.run([*build.compiler(), *build.ISA_FLAGS[isa], "-E", "-x", "c++", os.devnull], capture_output=True).returncode == 0
-        assert (isa.encode() + b"\0" in library) == (known and needs <= set(flags)), isa
+        compiles = subprocess.run([*build.compiler(), *build.ISA_FLAGS[isa], "-E", "-x", "c++", os.devnull], capture_output=True).returncode == 0
+        assert (isa in build.known()) == (compiles and needs <= set(flags)), isa
+    assert build.preferred() == [isa for isa in build.known() if isa != "avx512bf16" or "GenuineIntel" not in flags]
+
+
+def test_a_start_compiles_one_set_only(tmp_path: pathlib.Path) -> None:
+    program = f"""
+import sys
+from jaxlora import native
+from tests.native import emulation
+emulation.where_asked()
+print(native.load({str(tmp_path)!r}, progress=print).isa)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "JAXLORA_NATIVE_ISA"}
+    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told[0].startswith("compiling the CPU kernels with ") and len(told) == 2
+    assert {path.name.split("-")[2] for path in tmp_path.glob("*.so")} == {"core", told[1]}
+
+
+def test_a_set_that_the_system_refuses_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch, kernels: native.Kernels, build_dir: pathlib.Path) -> None:
+    monkeypatch.delenv("JAXLORA_NATIVE_ISA", raising=False)
+    monkeypatch.setattr(build, "preferred", build.known)
+    use = native.loading._use
+    monkeypatch.setattr(native.loading, "_use", lambda isa, *rest: isa != build.known()[0] and use(isa, *rest))
+    got = native.load(build_dir)
+    if len(build.known()) == 1:
+        assert got == "this system lets nobody use any of the instruction sets"
+    else:
+        assert got.isa == build.known()[1]
+    assert native.load(build_dir, build.known()[0]) == f"this system lets nobody use {build.known()[0]}"
 
 
 def test_a_cpu_without_any_of_them_is_told_from_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    monkeypatch.setattr(native.loading, "_loaded", [])
+    monkeypatch.setattr(native.loading, "_sets", {})
     monkeypatch.setitem(build.ISA_FLAGS, "avx2", ["-mno_such_set"])
     for isa in ("amxbf16", "avx512fp16", "avx512bf16", "avx512"):
         monkeypatch.delitem(build.ISA_FLAGS, isa)
@@ -53,8 +79,7 @@ def test_a_cpu_without_any_of_them_is_told_from_a_fault(monkeypatch: pytest.Monk
 def test_a_library_that_computes_something_wrong_is_not_used(
     monkeypatch: pytest.MonkeyPatch, kernels: native.Kernels, build_dir: pathlib.Path
 ) -> None:
-    for path in kernels.path.parent.glob(f"{kernels.path.stem}.*.checked"):  # whichever folder this process has its library from
-        path.unlink()
+    kernels.path.with_suffix(".checked").unlink()
     monkeypatch.setattr(native.Kernels, "linear", staticmethod(lambda x, w, **around: jnp.zeros((len(x), w.n))))
     assert native.load(build_dir, kernels.isa) == f"the compiled library for {kernels.isa} gives wrong results: " + (
         "linear in float32, linear in bfloat16, lora in float32, lora in bfloat16, linear in int8, lora in int8, norm, gate and sum around linear"
@@ -75,7 +100,7 @@ def test_a_library_that_computes_something_wrong_is_not_used(
 def test_without_a_compiler_there_is_a_reason_instead(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, environment: dict[str, str], reason: str
 ) -> None:
-    monkeypatch.setattr(native.loading, "_loaded", [])
+    monkeypatch.setattr(native.loading, "_sets", {})
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     got = native.load(tmp_path)
@@ -84,11 +109,11 @@ def test_without_a_compiler_there_is_a_reason_instead(
 
 
 def test_who_waits_for_a_build_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    monkeypatch.setattr(native.loading, "_loaded", [])
+    monkeypatch.setattr(native.loading, "_sets", {})
     monkeypatch.setenv("CXX", """sh -c 'case $0 in --version) ;; -march=native) echo __AVX2__ __FMA__ ;; *) exit 1 ;; esac'""")
     told: list[str] = []
     assert native.load(tmp_path, progress=told.append) == "sh failed: no message"
-    assert told == ["compiling the CPU kernels with sh, once (about a minute)"]
+    assert told == ["compiling the CPU kernels with sh, once (half a minute)"]
 
 
 def test_callers_in_several_threads_do_not_disturb_each_other(kernels: native.Kernels) -> None:

@@ -43,7 +43,7 @@ class BlockTiles {
 
   // vectors [queries, d], of which `count` count. The thread's tiles belong to this until `end`.
   void begin(const float* vectors, int count, int64_t d) {
-    Tiles::load();
+    shape_tiles(kTile, kTile, kTile);
     for (int64_t g = 0; g * kTile < count; ++g) {
       const int64_t queries = smaller(count - g * kTile, kTile);
       for (int64_t c = 0; c < d; c += kTileDepth) {

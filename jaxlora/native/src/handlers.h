@@ -16,7 +16,7 @@ using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
 using F32Result = ffi::ResultBuffer<ffi::F32>;
 
-extern const Kernels* active;  // never null once jaxlora_select has named a set
+extern const Kernels* active;  // never null once jaxlora_use has been called
 
 inline int64_t panels(int64_t n) {
   return (n + active->panel - 1) / active->panel;

@@ -203,6 +203,4 @@ constexpr int64_t kProjectedColumns = 64;
 constexpr int64_t kTileQueries = 48;   // queries (tokens times heads of a group) that share a pass over keys and values
 constexpr int64_t kMaxHead = 256;      // largest head dimension
 
-extern const Kernels kAmxBf16, kAvx512Fp16, kAvx512Bf16, kAvx512, kAvx2;
-
 }  // namespace jaxlora

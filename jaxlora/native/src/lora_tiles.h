@@ -28,32 +28,6 @@ struct TilePairsLora {
 
 constexpr int64_t kMostTiles = 4;  // of sums
 
-// The tiles that a product of some rows with a panel takes: 0 to 3 hold sums, 4 weights and 5 rows of x.
-class LoraTiles {
- public:
-  ~LoraTiles() { _tile_release(); }
-  void shape(int64_t rows, int64_t pairs, int64_t columns) {
-    if (rows == rows_ && pairs == pairs_ && columns == columns_) return;
-    rows_ = rows, pairs_ = pairs, columns_ = columns;
-    struct alignas(64) {
-      uint8_t palette = 1, rest[15] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } shapes;
-    const auto set = [&](int tile, int64_t of_tile, int64_t values) {
-      shapes.rows[tile] = static_cast<uint8_t>(of_tile), shapes.row_bytes[tile] = static_cast<uint16_t>(4 * values);
-    };
-    for (int i = 0; i < kMostTiles; ++i) set(i, rows, columns);
-    set(4, pairs, columns);
-    set(5, rows, pairs);
-    asm volatile("" ::"r"(&shapes) : "memory");  // GCC's intrinsics don't say what they read
-    _tile_loadconfig(&shapes);
-  }
-
- private:
-  int64_t rows_ = 0, pairs_ = 0, columns_ = 0;
-};
-
 // What some rows of x are multiplied with, and where the products go: x [rows, 2 steps], w [steps][line][2], y [rows, columns], of a panel of
 // `line` columns; strides in values.
 struct TileProduct {
@@ -69,20 +43,20 @@ struct TileProduct {
 // On N tiles of sums: 32 values of k of their rows by those of the panel.
 template <int N>
 INLINE void multiply_pairs(const uint16_t* x, int64_t stride, const uint32_t* w, int64_t line) {
-  _tile_loadd(4, w, 4 * line);
-  _tile_loadd(5, x, 2 * stride);
-  _tile_dpbf16ps(0, 5, 4);
+  _tile_loadd(6, w, 4 * line);
+  _tile_loadd(4, x, 2 * stride);
+  _tile_dpbf16ps(0, 4, 6);
   if constexpr (N > 1) {
     _tile_loadd(5, x + kTile * stride, 2 * stride);
-    _tile_dpbf16ps(1, 5, 4);
+    _tile_dpbf16ps(1, 5, 6);
   }
   if constexpr (N > 2) {
-    _tile_loadd(5, x + 2 * kTile * stride, 2 * stride);
-    _tile_dpbf16ps(2, 5, 4);
+    _tile_loadd(4, x + 2 * kTile * stride, 2 * stride);
+    _tile_dpbf16ps(2, 4, 6);
   }
   if constexpr (N > 3) {
     _tile_loadd(5, x + 3 * kTile * stride, 2 * stride);
-    _tile_dpbf16ps(3, 5, 4);
+    _tile_dpbf16ps(3, 5, 6);
   }
 }
 
@@ -119,7 +93,7 @@ void tile_product(const TileProduct& p) {
 }
 
 // So many rows, by whole tiles, of which four share the loads of weights, and then one of fewer rows.
-void multiply_rows(LoraTiles* tiles, TileProduct p, int64_t rows) {
+void multiply_rows(Tiles* tiles, TileProduct p, int64_t rows) {
   asm volatile("" ::"r"(p.x), "r"(p.y) : "memory");
   while (rows > 0) {
     const int64_t count = smaller(rows / kTile, kMostTiles), taken = count ? count * kTile : rows;
@@ -140,7 +114,7 @@ INLINE void each_run(const Lora& l, const LoraGroup& group, Body body) {
 }
 
 void lora_down_bf16(const Lora& l, int64_t begin, int64_t end) {
-  LoraTiles tiles;
+  Tiles tiles;
   each_item<uint32_t>(l, l.down, l.down_count, true, begin, end, [&](const LoraItem& item, const uint32_t* a, const uint32_t* own, const uint32_t* next) {
     const LoraGroup& group = l.groups[item.group];
     const int64_t count = smaller(l.k - item.first, l.part);
@@ -158,7 +132,7 @@ void lora_down_bf16(const Lora& l, int64_t begin, int64_t end) {
 }
 
 void lora_up_bf16(const Lora& l, int64_t begin, int64_t end) {
-  LoraTiles tiles;
+  Tiles tiles;
   thread_local Memory memory;
   each_item<uint32_t>(l, l.up, l.up_count, false, begin, end, [&](const LoraItem& item, const uint32_t* b, const uint32_t* own, const uint32_t* next) {
     const LoraGroup& group = l.groups[item.group];

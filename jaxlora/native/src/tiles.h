@@ -10,21 +10,38 @@ constexpr int64_t kTileDepth = 2 * kTile;  // values of k that two tiles multipl
 static_assert(kRoundedTo == kTileDepth && kRowsAtOnce == kTile);
 constexpr int64_t kLineBytes = kPanel * 4;  // from a pair of k to the next one in a panel
 
-// Lets this thread use whole tiles while it lives.
+// Lets this thread use tiles until `_tile_release`: 0 to 3 for sums [rows, columns], 4 and 5 for rows [rows, pairs of k], 6 and 7 for weights
+// [pairs of k, columns], of 32 bits each.
+INLINE void shape_tiles(int64_t rows, int64_t pairs, int64_t columns) {
+  struct alignas(64) {
+    uint8_t palette = 1, rest[15] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } shapes;
+  for (int i = 0; i < 8; ++i) {
+    shapes.rows[i] = static_cast<uint8_t>(i < 6 ? rows : pairs);
+    shapes.row_bytes[i] = static_cast<uint16_t>(4 * (i == 4 || i == 5 ? pairs : columns));
+  }
+  asm volatile("" ::"r"(&shapes) : "memory");  // GCC's intrinsics don't say what they read
+  _tile_loadconfig(&shapes);
+}
+
+// Tiles of one shape after another, while it lives.
 class Tiles {
  public:
-  Tiles() { load(); }
+  Tiles() = default;
+  Tiles(int64_t rows, int64_t pairs, int64_t columns) { shape(rows, pairs, columns); }
   ~Tiles() { _tile_release(); }
-  static void load() {
-    struct alignas(64) {
-      uint8_t palette = 1, rest[15] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } shapes;
-    for (int i = 0; i < 8; ++i) shapes.row_bytes[i] = 4 * kTile, shapes.rows[i] = kTile;
-    asm volatile("" ::"r"(&shapes) : "memory");  // GCC's intrinsics don't say what they read
-    _tile_loadconfig(&shapes);
+
+  // What tiles held is lost where their shape changes.
+  void shape(int64_t rows, int64_t pairs, int64_t columns) {
+    if (rows == rows_ && pairs == pairs_ && columns == columns_) return;
+    rows_ = rows, pairs_ = pairs, columns_ = columns;
+    shape_tiles(rows, pairs, columns);
   }
+
+ private:
+  int64_t rows_ = 0, pairs_ = 0, columns_ = 0;
 };
 
 // Onto tiles 0 and 1, and for rows past the first 16 onto 2 and 3: 32 values of k of the rows by those of a panel.
@@ -145,7 +162,7 @@ void linear_bf16(const Linear& a, int64_t begin, int64_t end) {
   const int64_t pairs = (a.k + 1) / 2, stride = filled_up(a.k, kRoundedTo), values = pairs * kPanel;
   const auto* w = static_cast<const uint32_t*>(a.w);
   const auto* x = static_cast<const uint16_t*>(a.x);
-  const Tiles tiles;
+  const Tiles tiles(kTile, kTile, kTile);
   alignas(64) float sums[2 * kTile * kPanel];
   each_tile<2 * kTile, kTile>(a.m, a.n, w, values * sizeof *w, pairs, {}, begin, end, [&](const Tile& t) {
     fastest_for(t.rows)(x + t.row * stride, stride, w + t.panel * values, pairs, t, sums);

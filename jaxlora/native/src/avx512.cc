@@ -1,6 +1,0 @@
-#define JAXLORA_ISA avx512
-#include "isa.h"
-
-namespace jaxlora {
-extern const Kernels kAvx512 = JAXLORA_TABLE("avx512");
-}
