@@ -159,7 +159,7 @@ INLINE void with_columns(int64_t left, Body body) {
 
 // The sums over a part of k between A and B of a module for one row, [hidden_stride].
 INLINE float* hidden_of(const Lora& l, int64_t module, int64_t part, int64_t row) {
-  return static_cast<float*>(l.hidden) + ((module * l.parts + part) * l.m + row) * l.hidden_stride;
+  return l.hidden + ((module * l.parts + part) * l.m + row) * l.hidden_stride;
 }
 
 // Those sums of an item for M of its group's rows, from entry `at` of Lora::rows on. What is fetched meanwhile begins at `ahead`.
