@@ -118,7 +118,7 @@ class Settings:
     max_slots: int = _setting(16, _whole(1, 1024), "sequences that are generated at the same time, those in reserved slots aside")
     reserved_slots: int = _setting(2, _whole(0, 1024), "slots beside these, for adapters that hold less than an equal share of them; 0: none")
     max_seq_len: int = _setting(2048, _whole(16, 1 << 20), "prompt and answer together, in tokens")
-    prefill_chunk: int = _setting(128, _whole(8, 8192), "prompt tokens that one step reads, of all prompts together")
+    prefill_chunk: int = _setting(128, _whole(8, 8192), "prompt tokens that one step reads, of all prompts together; more reads prompts faster and makes others wait longer for their next token")
     prefix_cache: int = _setting(1, _whole(0, 1), "1: a prompt that begins as one in a slot does, with the same adapter, is not computed again")
     prompt_lookup_tokens: int = _setting(
         5, _whole(0, 15), "tokens of a greedy answer that a step guesses from the text so far, on CPUs with native kernels and while one or two "
