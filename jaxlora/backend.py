@@ -35,6 +35,8 @@ class Backend(Elements, Protocol):
     """The type of weights and cache that is fastest here."""
     cut_invariant: bool
     """Whether keys and values come out the same bit for bit however a sequence is cut into steps."""
+    write_adapter: lora.Write
+    """How A and B of a module come to lie in the bank."""
 
     def batch_sizes(self, slots: int) -> tuple[int, ...]:
         """The numbers of rows that a decode step may have, ascending; the last is `slots`."""
@@ -45,9 +47,6 @@ class Backend(Elements, Protocol):
     def mixed_lengths(self, slots: int, chunk: int) -> tuple[int, ...]:
         """The numbers of tokens that a step may have whose rows have any number of them each: parts of prompts, and single tokens of
         answers. Ascending; none where that is not possible."""
-
-    write_adapter: lora.Write
-    """How A and B of a module lie in the bank."""
 
     def bank_ranks(self, layout: BankLayout, rank: int) -> int:
         """How many ranks an adapter of that rank has to fill in the bank."""

@@ -5,7 +5,6 @@ Every shape is fixed when a `Program` is made; `warm_up` compiles them all, and 
 
 import contextlib
 import dataclasses
-import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping

@@ -5,6 +5,7 @@ Knows the compiler and its flags; knows nothing of JAX arrays. A build goes to a
 processes that start together never see half of one.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -99,7 +100,7 @@ def _sets(command: list[str]) -> dict[str, list[str]]:
     """Those of `ISA_FLAGS` that both this CPU and the compiler know."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         raise BuildError(f"no kernels for {platform.system()} on {platform.machine()}")
-    macros = _run([*command, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]).split()
+    macros = _macros(*command)
     found = {
         isa: flags
         for isa, flags in ISA_FLAGS.items()
@@ -108,6 +109,12 @@ def _sets(command: list[str]) -> dict[str, list[str]]:
     if not found:
         raise BuildError("this CPU has neither AVX-512 nor AVX2 with FMA")
     return found
+
+
+@functools.cache
+def _macros(*command: str) -> frozenset[str]:
+    """What the compiler defines for this CPU."""
+    return frozenset(_run([*command, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]).split())
 
 
 def _digest(command: list[str]) -> str:

@@ -77,7 +77,7 @@ class BlockTiles {
       for (int64_t g = 0; g * kTile < count; ++g) {
         score_tiles(g, from, d);
         if (g == 0) pair_values(values, next_keys, next_values, at, end, d);
-        store_scores();
+        store_sums<2>(sums_, kTile * kTile, kTile);
         const int queries = static_cast<int>(smaller(count - g * kTile, kTile));
         for (int64_t tile = 0; tile < 2; ++tile) {
           Vec by_position[16];
@@ -107,7 +107,6 @@ class BlockTiles {
       int64_t c = 0;
       for (; c + 4 * kTile <= d; c += 4 * kTile) value_tiles<4>(to + c, first, filled, c, d);
       for (; c < d; c += 2 * kTile) value_tiles<2>(to + c, first, filled, c, d);
-      asm volatile("" ::: "memory");
     }
   }
 
@@ -115,8 +114,7 @@ class BlockTiles {
   // 32 positions by 16 queries, onto tiles 0 and 1.
   INLINE void score_tiles(int64_t g, const uint16_t* keys, int64_t d) {
     const float *nearest = queries_[0][g], *rest = queries_[1][g];
-    _tile_zero(0);
-    _tile_zero(1);
+    zero_sums<2>();
     for (int64_t c = 0; c < d; c += kTileDepth, nearest += kTile * kTile, rest += kTile * kTile) {
       _tile_loadd(6, nearest, 4 * kTile);
       _tile_loadd(4, keys + c, 2 * d);
@@ -127,12 +125,6 @@ class BlockTiles {
       _tile_dpbf16ps(0, 4, 7);
       _tile_dpbf16ps(1, 5, 7);
     }
-  }
-
-  INLINE void store_scores() {
-    _tile_stored(0, sums_, 4 * kTile);
-    _tile_stored(1, sums_ + kTile * kTile, 4 * kTile);
-    asm volatile("" ::: "memory");
   }
 
   // The values of 32 positions from `begin` on, those of two side by side, with zeros behind `end`: nobody knows what lies there.
@@ -150,12 +142,7 @@ class BlockTiles {
   // Columns [c, c + 16 N) of 16 rows of out.
   template <int N>
   INLINE void value_tiles(float* out, int64_t begin, int64_t end, int64_t c, int64_t d) {
-    _tile_loadd(0, out, 4 * d);
-    _tile_loadd(1, out + kTile, 4 * d);
-    if constexpr (N > 2) {
-      _tile_loadd(2, out + 2 * kTile, 4 * d);
-      _tile_loadd(3, out + 3 * kTile, 4 * d);
-    }
+    load_sums<N>(out, kTile, d);
     for (int64_t p = begin; p < end; p += kTileDepth) {
       const uint32_t* values = pairs_ + p / 2 * d + c;
       _tile_loadd(6, parts_[0] + p, 2 * kBlock);
@@ -175,12 +162,7 @@ class BlockTiles {
         _tile_dpbf16ps(3, 7, 5);
       }
     }
-    _tile_stored(0, out, 4 * d);
-    _tile_stored(1, out + kTile, 4 * d);
-    if constexpr (N > 2) {
-      _tile_stored(2, out + 2 * kTile, 4 * d);
-      _tile_stored(3, out + 3 * kTile, 4 * d);
-    }
+    store_sums<N>(out, kTile, d);
   }
 
   alignas(64) float queries_[2][kQueryGroups][kMaxHead / 2 * kTile];  // both parts: pairs [d / 2, 16]

@@ -22,13 +22,30 @@ INLINE __m512i load_half(const uint32_t* p) {
 template <int kColumns>
 constexpr int kVectors = kColumns > kWidth ? kColumns / kWidth : 1;
 
-// Columns of a line in float32, as many as a vector holds.
+// Values of k that lie side by side.
+template <typename Weight>
+constexpr int kDepthOf = std::is_same_v<Weight, uint32_t> ? 2 : 1;
+
+// Columns of a line in float32, as many as a vector holds, for each value of k.
 template <int kColumns, typename T>
-INLINE Vec load_columns(const T* p) {
+INLINE void load_columns(const T* p, Vec (&weights)[1]) {
 #ifdef __AVX512F__
-  if constexpr (kColumns < kWidth) return load_half(p);
+  if constexpr (kColumns < kWidth) {
+    weights[0] = load_half(p);
+    return;
+  }
 #endif
-  return load_value(p);
+  weights[0] = load_value(p);
+}
+template <int kColumns>
+INLINE void load_columns(const uint32_t* p, Vec (&weights)[2]) {
+#ifdef __AVX512F__
+  if constexpr (kColumns < kWidth) {
+    weights[0] = even_of(load_half(p)), weights[1] = odd_of(load_half(p));
+    return;
+  }
+#endif
+  weights[0] = even_bf16(p), weights[1] = odd_bf16(p);
 }
 
 // Products of M rows with a panel, step by step along k.
@@ -50,43 +67,16 @@ template <typename W>
 struct WideLora : Stepwise<WideLora<W>> {
   using Weight = W;
   using X = float;
-  static constexpr int kDepth = 1;
+  static constexpr int kDepth = kDepthOf<W>;
   static INLINE void narrow(Vec values, X* to) { store(to, values); }
   template <int kColumns, int M>
   static INLINE void step(const X* const (&x)[M], int64_t i, const W* w, Vec (&acc)[M][kVectors<kColumns>]) {
     for (int v = 0; v < kVectors<kColumns>; ++v) {
-      const Vec weights = load_columns<kColumns>(w + v * kWidth);
+      Vec weights[kDepth];
+      load_columns<kColumns>(w + v * kWidth, weights);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[m][v] = fma(fill(x[m][i]), weights, acc[m][v]);
-    }
-  }
-};
-
-// The even and the odd ones of pairs of bfloat16.
-template <int kColumns>
-INLINE void widen_pairs(const uint32_t* w, Vec* even, Vec* odd) {
-#ifdef __AVX512F__
-  const __m512i pairs = kColumns < kWidth ? load_half(w) : _mm512_loadu_si512(w);
-  *even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-  *odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-#else
-  *even = even_bf16(w), *odd = odd_bf16(w);
-#endif
-}
-
-// The same with pairs of bfloat16.
-struct WidePairsLora : Stepwise<WidePairsLora> {
-  using Weight = uint32_t;
-  using X = float;
-  static constexpr int kDepth = 2;
-  static INLINE void narrow(Vec values, X* to) { store(to, values); }
-  template <int kColumns, int M>
-  static INLINE void step(const X* const (&x)[M], int64_t i, const Weight* w, Vec (&acc)[M][kVectors<kColumns>]) {
-    for (int v = 0; v < kVectors<kColumns>; ++v) {
-      Vec even, odd;
-      widen_pairs<kColumns>(w + v * kWidth, &even, &odd);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[m][v] = fma(fill(x[m][2 * i + 1]), odd, fma(fill(x[m][2 * i]), even, acc[m][v]));
+      for (int m = 0; m < M; ++m)
+        for (int j = 0; j < kDepth; ++j) acc[m][v] = fma(fill(x[m][kDepth * i + j]), weights[j], acc[m][v]);
     }
   }
 };
@@ -99,12 +89,16 @@ INLINE uint32_t pair_at(const uint16_t* x, int64_t i) {
   return pair;
 }
 
-// Dot products of pairs of bfloat16. x and what lies between A and B are rounded.
-struct DotPairsLora : Stepwise<DotPairsLora> {
+// Pairs of bfloat16 on both sides: x and what lies between A and B are rounded.
+struct RoundedLora {
   using Weight = uint32_t;
   using X = uint16_t;
-  static constexpr int kDepth = 2;
+  static constexpr int kDepth = kDepthOf<Weight>;
   static INLINE void narrow(Vec values, X* to) { store_rounded(values, to); }
+};
+
+// Their dot products.
+struct DotPairsLora : RoundedLora, Stepwise<DotPairsLora> {
   template <int kColumns, int M>
   static INLINE void step(const X* const (&x)[M], int64_t i, const Weight* w, Vec (&acc)[M][1]) {
     const auto weights = reinterpret_cast<__m512bh>(kColumns < kWidth ? load_half(w) : _mm512_loadu_si512(w));
@@ -120,7 +114,7 @@ struct DotPairsLora : Stepwise<DotPairsLora> {
 // The A or B that an item reads.
 template <typename T>
 INLINE const T* weights_of(const Lora& l, const LoraItem& item, bool down) {
-  constexpr int64_t kValueBytes = std::is_same_v<T, uint32_t> ? 2 : sizeof(T);
+  constexpr int64_t kValueBytes = sizeof(T) / kDepthOf<T>;
   const LoraGroup& group = l.groups[item.group];
   const LoraModule& module = l.modules[item.module];
   const int64_t value = group.slot * l.size + group.rank * (l.start + (down ? module.a : module.b));
@@ -131,7 +125,7 @@ INLINE const T* weights_of(const Lora& l, const LoraItem& item, bool down) {
 template <typename T>
 INLINE int64_t first_of(const Lora& l, const LoraItem& item, bool down) {
   const int64_t rank = l.groups[item.group].rank;
-  return item.first * (down ? smaller(rank, kLoraPanel) : rank) / (std::is_same_v<T, uint32_t> ? 2 : 1);
+  return item.first * (down ? smaller(rank, kLoraPanel) : rank) / kDepthOf<T>;
 }
 
 // Where the scales of ranks lie in a bank of int8.
@@ -272,7 +266,7 @@ void lora_up(const Lora& l, int64_t begin, int64_t end) {
 }
 
 #if !defined(__AVX512BF16__)
-using Bf16Lora = WidePairsLora;
+using Bf16Lora = WideLora<uint32_t>;
 #elif !defined(__AMX_BF16__)
 using Bf16Lora = DotPairsLora;
 #endif

@@ -4,22 +4,18 @@
 #ifdef __AMX_BF16__
 
 // One row, whose weights vectors read faster than tiles do.
-struct TilePairsLora {
-  using Weight = uint32_t;
-  using X = uint16_t;
-  static constexpr int kDepth = 2;
-  static INLINE void narrow(Vec values, X* to) { store_rounded(values, to); }
+struct TilePairsLora : RoundedLora {
   template <int kColumns>
   static INLINE void multiply(const X* const (&x)[1], const Weight* w, int64_t steps, const Weight* ahead, Vec (&acc)[1][1]) {
     for (int64_t begin = 0; begin < steps; begin += kTile) {
       Vec even_sum = zero(), odd_sum = zero();
       for (int64_t i = begin, end = smaller(begin + kTile, steps); i < end; ++i, w += kColumns, ahead += kColumns) {
         _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-        Vec even, odd;
-        widen_pairs<kColumns>(w, &even, &odd);
+        Vec weights[2];
+        load_columns<kColumns>(w, weights);
         const __m512i both = _mm512_set1_epi32(static_cast<int>(pair_at(x[0], i)));
-        even_sum = fma(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), even, even_sum);
-        odd_sum = fma(_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))), odd, odd_sum);
+        even_sum = fma(even_of(both), weights[0], even_sum);
+        odd_sum = fma(odd_of(both), weights[1], odd_sum);
       }
       acc[0][0] = add(acc[0][0], add(even_sum, odd_sum));
     }
@@ -62,18 +58,7 @@ INLINE void multiply_pairs(const uint16_t* x, int64_t stride, const uint32_t* w,
 
 template <int N>
 void tile_product(const TileProduct& p) {
-  const int64_t tile = kTile * p.y_stride;
-  if (p.onto) {
-    _tile_loadd(0, p.y, 4 * p.y_stride);
-    if constexpr (N > 1) _tile_loadd(1, p.y + tile, 4 * p.y_stride);
-    if constexpr (N > 2) _tile_loadd(2, p.y + 2 * tile, 4 * p.y_stride);
-    if constexpr (N > 3) _tile_loadd(3, p.y + 3 * tile, 4 * p.y_stride);
-  } else {
-    _tile_zero(0);
-    if constexpr (N > 1) _tile_zero(1);
-    if constexpr (N > 2) _tile_zero(2);
-    if constexpr (N > 3) _tile_zero(3);
-  }
+  p.onto ? load_sums<N>(p.y, kTile * p.y_stride, p.y_stride) : zero_sums<N>();
   const uint16_t* x = p.x;
   const uint32_t* w = p.w;
   const int64_t at_once = smaller(kTile, p.steps);
@@ -85,11 +70,7 @@ void tile_product(const TileProduct& p) {
     asm volatile("" ::"r"(last) : "memory");
     multiply_pairs<N>(x, p.x_stride, last, p.line);
   }
-  _tile_stored(0, p.y, 4 * p.y_stride);
-  if constexpr (N > 1) _tile_stored(1, p.y + tile, 4 * p.y_stride);
-  if constexpr (N > 2) _tile_stored(2, p.y + 2 * tile, 4 * p.y_stride);
-  if constexpr (N > 3) _tile_stored(3, p.y + 3 * tile, 4 * p.y_stride);
-  asm volatile("" ::: "memory");  // nor what they write
+  store_sums<N>(p.y, kTile * p.y_stride, p.y_stride);
 }
 
 // So many rows, by whole tiles, of which four share the loads of weights, and then one of fewer rows.

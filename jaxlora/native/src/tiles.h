@@ -44,6 +44,30 @@ class Tiles {
   int64_t rows_ = 0, pairs_ = 0, columns_ = 0;
 };
 
+// The first N tiles of sums: in memory they lie `apart` values from each other, and their rows `stride`.
+template <int N>
+INLINE void zero_sums() {
+  _tile_zero(0);
+  if constexpr (N > 1) _tile_zero(1);
+  if constexpr (N > 2) _tile_zero(2);
+  if constexpr (N > 3) _tile_zero(3);
+}
+template <int N>
+INLINE void load_sums(const float* from, int64_t apart, int64_t stride) {
+  _tile_loadd(0, from, 4 * stride);
+  if constexpr (N > 1) _tile_loadd(1, from + apart, 4 * stride);
+  if constexpr (N > 2) _tile_loadd(2, from + 2 * apart, 4 * stride);
+  if constexpr (N > 3) _tile_loadd(3, from + 3 * apart, 4 * stride);
+}
+template <int N>
+INLINE void store_sums(float* to, int64_t apart, int64_t stride) {
+  _tile_stored(0, to, 4 * stride);
+  if constexpr (N > 1) _tile_stored(1, to + apart, 4 * stride);
+  if constexpr (N > 2) _tile_stored(2, to + 2 * apart, 4 * stride);
+  if constexpr (N > 3) _tile_stored(3, to + 3 * apart, 4 * stride);
+  asm volatile("" ::: "memory");  // GCC's intrinsics don't say what they write, either
+}
+
 // Onto tiles 0 and 1, and for rows past the first 16 onto 2 and 3: 32 values of k of the rows by those of a panel.
 template <bool kTwo>
 INLINE void multiply_tiles(const uint16_t* x, int64_t stride, const uint32_t* w) {
@@ -56,16 +80,6 @@ INLINE void multiply_tiles(const uint16_t* x, int64_t stride, const uint32_t* w)
     _tile_loadd(5, x + kTile * stride, 2 * stride);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-  }
-}
-
-template <bool kTwo>
-INLINE void zero_tiles() {
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (kTwo) {
-    _tile_zero(2);
-    _tile_zero(3);
   }
 }
 
@@ -86,7 +100,7 @@ INLINE void store_tiles(float* sums) {
 template <bool kTwo>
 void tiles_of_panel(const uint16_t* x, int64_t stride, const uint32_t* w, int64_t pairs, const Tile& t, float* sums) {
   const char* next = t.next;
-  zero_tiles<kTwo>();
+  zero_sums<kTwo ? 4 : 2>();
   for (; pairs >= kTile; pairs -= kTile, x += kTileDepth, w += kTile * kPanel) {
     for (const char* end = next + kTile * t.next_step; next < end; next += 64) _mm_prefetch(next, _MM_HINT_T1);
     multiply_tiles<kTwo>(x, stride, w);
@@ -115,8 +129,7 @@ void vectors_of_panel(const uint16_t* x, int64_t stride, const uint32_t* w, int6
         uint32_t pair;
         __builtin_memcpy(&pair, x + r * stride + 2 * i, sizeof pair);
         const __m512i both = _mm512_set1_epi32(static_cast<int>(pair));
-        const Vec first = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-        const Vec second = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+        const Vec first = even_of(both), second = odd_of(both);
         for (int v = 0; v < 2; ++v) {
           even[r][v] = fma(first, even_bf16(w + v * kWidth), even[r][v]);
           odd[r][v] = fma(second, odd_bf16(w + v * kWidth), odd[r][v]);
