@@ -27,7 +27,7 @@ class Kernels:
 
     def pack_linear(self, w: np.ndarray | Array | Int8, transposed: bool = False) -> Packed:
         """As the function of that name, in the form that is fastest here."""
-        return pack_linear(w, self.panel, self.isa == "avx512fp16", transposed)
+        return pack_linear(w, self.panel, self.isa == "avx512fp16", self.isa == "amxbf16", transposed)
 
     @staticmethod
     def linear(

@@ -11,6 +11,7 @@ import numpy as np
 from jaxlora.int8 import Int8
 from jaxlora.int8_size import GROUP
 from jaxlora.lora_size import fill_up
+from jaxlora.native.compact import pack_compact
 
 Array = jax.Array
 
@@ -19,7 +20,8 @@ Array = jax.Array
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """Weights [k, n] as `linear` reads them, in panels of columns: float32 or float16 [panels, k, panel], pairs of bfloat16 as uint32
-    [panels, pairs of k, panel], or bytes of scales and int8 as uint8 [panels, groups of k, panel * (2 + GROUP)]."""
+    [panels, pairs of k, panel], these in 12 bits each as uint16 (`pack_compact`), or bytes of scales and int8 as uint8
+    [panels, groups of k, panel * (2 + GROUP)]."""
 
     data: Array
     k: int
@@ -84,12 +86,13 @@ def _write_panels(w: np.ndarray, room: np.ndarray, k: int) -> None:
     room[whole * k :].reshape(k, n - whole)[:] = w[whole:].T
 
 
-def pack_linear(w: np.ndarray | Array | Int8, panel: int, halves: bool = False, transposed: bool = False) -> Packed:
+def pack_linear(w: np.ndarray | Array | Int8, panel: int, halves: bool = False, compact: bool = False, transposed: bool = False) -> Packed:
     """Packs float32, bfloat16 or int8 weights [k, n], once. Needs their size in memory besides.
 
     Arguments:
         panel: columns of a panel, `Kernels.panel`.
         halves: bfloat16 weights become float16, unless some are so large that sums might leave its range.
+        compact: bfloat16 weights take 12 bits each, unless too many have no such code.
         transposed: an array is [n, k], as weights lie in checkpoints.
 
     Raises:
@@ -101,7 +104,10 @@ def pack_linear(w: np.ndarray | Array | Int8, panel: int, halves: bool = False, 
         raise TypeError(f"weights are float32 or bfloat16 [k, n], not {w.dtype} {list(w.shape)}")
     k, n = w.shape[::-1] if transposed else w.shape
     halves = halves and w.dtype == jnp.bfloat16 and _fits_halves(w)
-    return Packed(_pack(w, panel, jnp.float16 if halves else w.dtype, transposed), k, n)
+    data = _pack(w, panel, jnp.float16 if halves else w.dtype, transposed)
+    if compact and data.dtype == jnp.uint32:
+        data = data if (codes := pack_compact(data, k)) is None else codes
+    return Packed(data, k, n)
 
 
 # Compiled, they are one pass over the weights, however these lie in memory.

@@ -21,6 +21,7 @@
 #endif
 #ifdef EMULATE_AMX
 #define __AMX_BF16__ 1
+#define __AVX512VBMI__ 1
 #endif
 
 namespace emulated {
@@ -34,6 +35,7 @@ using Halfwords = uint16_t __attribute__((vector_size(64)));
 using HalfHalfwords = uint16_t __attribute__((vector_size(32)));
 using Chars = int8_t __attribute__((vector_size(64)));
 using Bytes = uint8_t __attribute__((vector_size(64)));
+using Quarter = uint8_t __attribute__((vector_size(16)));
 using Halves = _Float16 __attribute__((vector_size(64)));
 using HalfHalves = _Float16 __attribute__((vector_size(32)));
 
@@ -122,6 +124,27 @@ __m512i srli_epi32(__m512i a, int count) { return as<__m512i>(as<Words>(a) >> co
 __m512i slli_epi32(__m512i a, int count) { return as<__m512i>(as<Words>(a) << count); }
 __m512i and_si512(__m512i a, __m512i b) { return a & b; }
 __m512i or_si512(__m512i a, __m512i b) { return a | b; }
+__m512i set1_epi64(int64_t value) { return __m512i{} + value; }
+__m512i broadcast_i32x4(__m128i a) {
+  const auto from = as<Quarter>(a);
+  return as<__m512i>(lanes<Bytes>([&](int i) { return from[i % 16]; }));
+}
+__m512i permutexvar_epi8(__m512i index, __m512i a) {
+  return as<__m512i>(lanes<Bytes>([&](int i) { return as<Bytes>(a)[as<Bytes>(index)[i] % 64]; }));
+}
+__m512i multishift_epi64_epi8(__m512i control, __m512i a) {
+  return as<__m512i>(lanes<Bytes>([&](int i) {
+    const auto word = static_cast<uint64_t>(a[i / 8]);
+    const int from = as<Bytes>(control)[i] % 64;
+    return static_cast<uint8_t>(from ? word >> from | word << (64 - from) : word);
+  }));
+}
+__m512i unpacklo_epi8(__m512i a, __m512i b) {
+  return as<__m512i>(lanes<Bytes>([&](int i) { return as<Bytes>(i % 2 ? b : a)[i / 16 * 16 + i % 16 / 2]; }));
+}
+__m512i unpackhi_epi8(__m512i a, __m512i b) {
+  return as<__m512i>(lanes<Bytes>([&](int i) { return as<Bytes>(i % 2 ? b : a)[i / 16 * 16 + 8 + i % 16 / 2]; }));
+}
 __m512i madd_epi16(__m512i a, __m512i b) {
   const auto x = as<Shorts>(a), y = as<Shorts>(b);
   return as<__m512i>(lanes<Ints>([&](int i) {
@@ -243,6 +266,12 @@ __m512h fmadd_ph(__m512h a, __m512h b, __m512h c) {  // a double holds product a
 
 #define _mm512_abs_ps emulated::abs_ps
 #define _mm512_add_epi32 emulated::add_epi32
+#define _mm512_set1_epi64 emulated::set1_epi64
+#define _mm512_broadcast_i32x4 emulated::broadcast_i32x4
+#define _mm512_permutexvar_epi8 emulated::permutexvar_epi8
+#define _mm512_multishift_epi64_epi8 emulated::multishift_epi64_epi8
+#define _mm512_unpacklo_epi8 emulated::unpacklo_epi8
+#define _mm512_unpackhi_epi8 emulated::unpackhi_epi8
 #define _mm512_add_ps emulated::add_ps
 #define _mm512_and_si512 emulated::and_si512
 #define _mm512_castph_si512 emulated::castph_si512

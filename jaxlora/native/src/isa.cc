@@ -1,5 +1,6 @@
 // The kernels of one instruction set, JAXLORA_ISA: a library of their own, which is compiled where that set is wanted.
 #include <immintrin.h>
+#include <stdlib.h>
 
 #include <type_traits>
 
@@ -11,6 +12,7 @@ namespace {
 #include "simd.h"
 #include "memory.h"
 #include "linear.h"
+#include "compact.h"
 #include "tiles.h"
 #include "halves.h"
 #include "int8.h"
@@ -36,6 +38,7 @@ constexpr Kernels kKernels = {
     round_rows,
     linear_f32,
     linear_bf16,
+    linear_compact,
     project_rows,
     project_columns,
     halve_rows,

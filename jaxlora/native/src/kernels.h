@@ -25,6 +25,12 @@ constexpr int64_t kLaterLines = 32, kLaterBytes = kLaterLines * 64;
 // y[m, n] = x[m, k] @ w, all float32 but for the weights, which lie in panels of so many columns as the instruction set works on at a time.
 //   float32 weights  [panels][k][panel]
 //   bfloat16 weights [panels][pairs of k][panel][2], k padded to even with a zero
+//   compact bfloat16 weights uint16 [panels][compact_size(k, panel)], a panel being, in bytes,
+//     table [16]: upper halves of bfloat16, 0 for places 0 and 8
+//     list of (place among the panel's weights [pairs of k][panel][2], bfloat16), uint32 both, of those that have no code, by place, up to a place
+//       of all ones; compact_list(k) is where it ends
+//     for every 2 of the pairs of k, which zeros fill up to a multiple of kCompactPairs: lower halves [2][2 panel], places in the table [panel / 4][2][8]
+//       of 4 bits; a pair's 2 panel weights lie in the order [panel / 8][2][8] of their own [2][panel / 8][8]
 // and with h [m, ranks] @ b [panels][ranks][panel] added, where there are ranks. With `onto` all that goes onto what y holds.
 struct Update {
   const float *h, *b;
@@ -63,6 +69,15 @@ struct LinearI8 {
   bool onto;
   Later later;
 };
+
+// Values of uint16: what a compact panel's table takes, that with its list, and all of it.
+constexpr int64_t kCompactTable = 8, kCompactPairs = 16;
+constexpr int64_t compact_list(int64_t k) {
+  return (kCompactTable + 4 * (k / 8 + 1) + 31) / 32 * 32;
+}
+constexpr int64_t compact_size(int64_t k, int64_t panel) {
+  return compact_list(k) + (k + 2 * kCompactPairs - 1) / (2 * kCompactPairs) * kCompactPairs * panel * 3 / 2;
+}
 
 constexpr int64_t kGroup = 32;  // values of k that share a scale
 constexpr int64_t kGroupBytes = kGroup + 2;  // that its weights of one column and their scale take
@@ -156,6 +171,7 @@ struct Kernels {
   // Items of `linear` are (block of kRowBlock rows, panel), panels fastest.
   void (*linear_f32)(const Linear&, int64_t begin, int64_t end);
   void (*linear_bf16)(const Linear&, int64_t begin, int64_t end);
+  void (*linear_compact)(const Linear&, int64_t begin, int64_t end);  // null where the instruction set has none
   // Of rows, and of a block of kProjectedColumns columns; the numbers of columns are multiples of 16.
   void (*project_rows)(const float* x, const float* w, float* y, int64_t k, int64_t columns, int64_t begin, int64_t end);
   void (*project_columns)(const float* h, int64_t h_stride, const float* x, float* y, int64_t m, int64_t ranks, int64_t n, int64_t block);

@@ -22,7 +22,8 @@ bool is_packed(const ffi::AnyBuffer& w, int64_t n, int64_t steps, int64_t of_ste
 Forms form_for(const ffi::AnyBuffer& w) {
   Forms forms;
   switch (w.element_type()) {
-    case ffi::U32: forms.rounded = true; break;
+    case ffi::U32:
+    case ffi::U16: forms.rounded = true; break;
     case ffi::F16: forms.halves = active->halve_rows != nullptr; break;
     case ffi::U8: forms.quantized = true; break;
     default: forms.plain = true;
@@ -47,6 +48,14 @@ ffi::Error multiply(const Rows& rows, const ffi::AnyBuffer& w, float* y, int64_t
       share(a.w, panel * k * 2, m, n, [&](int64_t begin, int64_t end) { active->linear_bf16(a, begin, end); });
       break;
     }
+    case ffi::U16: {
+      if (!active->linear_compact) return bad(std::string("weights packed in 12 bits can't be read by ") + active->name);
+      const int64_t size = compact_size(k, panel);
+      if (w.dimensions().size() != 2 || w.dimensions()[0] != panels(n) || w.dimensions()[1] != size) return other_shape();
+      const Linear a{rows.of_bf16(), w.untyped_data(), y, m, k, n, onto, update, later};
+      share(a.w, size * 2, m, n, [&](int64_t begin, int64_t end) { active->linear_compact(a, begin, end); }, 4);
+      break;
+    }
     case ffi::F16: {
       if (!active->linear_f16) return bad(std::string("weights packed as float16 can't be read by ") + active->name);
       if (!is_packed(w, n, k, panel)) return other_shape();
@@ -60,7 +69,7 @@ ffi::Error multiply(const Rows& rows, const ffi::AnyBuffer& w, float* y, int64_t
       share(a.w, groups * group_bytes, m, n, [&](int64_t begin, int64_t end) { active->linear_i8(a, begin, end); });
       break;
     }
-    default: return bad("weights are packed as float32, float16, pairs of bfloat16 or bytes");
+    default: return bad("weights are packed as float32, float16, pairs of bfloat16, 12 bits or bytes");
   }
   return ffi::Error::Success();
 }

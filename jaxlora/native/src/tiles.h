@@ -95,36 +95,69 @@ INLINE void store_tiles(float* sums) {
   asm volatile("" ::: "memory");  // nor what they write
 }
 
-// Products of up to 16 rows, or up to 32, with the panel that has so many pairs of k. Meanwhile what comes next is fetched, as in `tile`, but
-// not what comes later: weights pass through tiles no faster than memory gives them.
-template <bool kTwo>
-void tiles_of_panel(const uint16_t* x, int64_t stride, const uint32_t* w, int64_t pairs, const Tile& t, float* sums) {
-  const char* next = t.next;
+// Where the weights of a panel come from: `block` gives those of the next 16 pairs of k, with zeros behind the last pair, to be used before the
+// next but one. Packed as they are they lie there, and meanwhile what comes next is fetched, as in `tile`, but not what comes later: weights pass
+// through tiles no faster than memory gives them.
+class PlainBlocks {
+ public:
+  PlainBlocks(const uint32_t* w, int64_t pairs, const Tile& t) : w_(w), left_(pairs), next_(t.next), next_block_(kTile * t.next_step) {}
+  INLINE const uint32_t* block() {
+    for (const char* end = next_ + next_block_; next_ < end; next_ += 64) _mm_prefetch(next_, _MM_HINT_T1);
+    const uint32_t* block = w_;
+    if (left_ < kTile) {
+      __builtin_memset(last_, 0, sizeof last_);
+      __builtin_memcpy(last_, block, static_cast<size_t>(left_ * kLineBytes));
+      asm volatile("" ::"r"(last_) : "memory");
+      block = last_;
+    }
+    w_ += kTile * kPanel, left_ -= kTile;
+    return block;
+  }
+
+ private:
+  const uint32_t* w_;
+  int64_t left_;
+  const char* next_;
+  int64_t next_block_;
+  alignas(64) uint32_t last_[kTile * kPanel];
+};
+
+// Of a compact panel, into two places in turns: one is multiplied while the other is written.
+class CompactBlocks {
+ public:
+  CompactBlocks(const uint16_t* panel, int64_t k) : panel_(panel, k) {}
+  INLINE const uint32_t* block() {
+    uint32_t* block = blocks_[second_];
+    panel_.unpack(block);
+    asm volatile("" ::"r"(block) : "memory");
+    second_ = !second_;
+    return block;
+  }
+
+ private:
+  CompactPanel panel_;
+  bool second_ = false;
+  alignas(64) uint32_t blocks_[2][kTile * kPanel];
+};
+
+// Products of up to 16 rows, or up to 32, with the panel that has so many pairs of k.
+template <bool kTwo, typename Blocks>
+void tiles_of_panel(const uint16_t* x, int64_t stride, Blocks& w, int64_t pairs, float* sums) {
   zero_sums<kTwo ? 4 : 2>();
-  for (; pairs >= kTile; pairs -= kTile, x += kTileDepth, w += kTile * kPanel) {
-    for (const char* end = next + kTile * t.next_step; next < end; next += 64) _mm_prefetch(next, _MM_HINT_T1);
-    multiply_tiles<kTwo>(x, stride, w);
-  }
-  if (pairs > 0) {
-    alignas(64) uint32_t last[kTile * kPanel] = {};
-    __builtin_memcpy(last, w, static_cast<size_t>(pairs * kLineBytes));
-    asm volatile("" ::"r"(last) : "memory");
-    multiply_tiles<kTwo>(x, stride, last);
-  }
+  for (; pairs > 0; pairs -= kTile, x += kTileDepth) multiply_tiles<kTwo>(x, stride, w.block());
   store_tiles<kTwo>(sums);
 }
 
 // The same for R rows by vectors, which read weights faster than tiles do. (Tiles take numbers below the normal ones as zero, and so do the threads that get here.)
-template <int R>
-void vectors_of_panel(const uint16_t* x, int64_t stride, const uint32_t* w, int64_t pairs, const Tile& t, float* sums) {
-  const char* next = t.next;
+template <int R, typename Blocks>
+void vectors_of_panel(const uint16_t* x, int64_t stride, Blocks& blocks, int64_t pairs, float* sums) {
   Vec acc[R][2];
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = zero();
   for (int64_t begin = 0; begin < pairs; begin += kTile) {
+    const uint32_t* w = blocks.block();
     Vec even[R][2], odd[R][2];
     for (int r = 0; r < R; ++r) even[r][0] = even[r][1] = odd[r][0] = odd[r][1] = zero();
-    for (int64_t i = begin, end = begin + kTile < pairs ? begin + kTile : pairs; i < end; ++i, w += kPanel, next += t.next_step) {
-      fetch_step(next);
+    for (int64_t i = begin, end = begin + kTile < pairs ? begin + kTile : pairs; i < end; ++i, w += kPanel) {
       for (int r = 0; r < R; ++r) {
         uint32_t pair;
         __builtin_memcpy(&pair, x + r * stride + 2 * i, sizeof pair);
@@ -141,15 +174,6 @@ void vectors_of_panel(const uint16_t* x, int64_t stride, const uint32_t* w, int6
   }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < 2; ++v) store(sums + r * kPanel + v * kWidth, acc[r][v]);
-}
-
-using OfPanel = void (*)(const uint16_t* x, int64_t stride, const uint32_t* w, int64_t pairs, const Tile& t, float* sums);
-
-INLINE OfPanel fastest_for(int64_t rows) {
-  return rows == 1       ? vectors_of_panel<1>
-         : rows == 2     ? vectors_of_panel<2>
-         : rows <= kTile ? tiles_of_panel<false>
-                         : tiles_of_panel<true>;
 }
 
 // Some rows of y from their sums.
@@ -171,16 +195,57 @@ INLINE void finish_rows(const Linear& a, const Tile& t, const float* sums) {
   }
 }
 
-void linear_bf16(const Linear& a, int64_t begin, int64_t end) {
-  const int64_t pairs = (a.k + 1) / 2, stride = filled_up(a.k, kRoundedTo), values = pairs * kPanel;
-  const auto* w = static_cast<const uint32_t*>(a.w);
-  const auto* x = static_cast<const uint16_t*>(a.x);
-  const Tiles tiles(kTile, kTile, kTile);
+// A tile of y, its weights from `blocks`.
+template <typename Blocks>
+INLINE void multiply_panel(const Linear& a, const Tile& t, int64_t pairs, Blocks blocks) {
+  const int64_t stride = filled_up(a.k, kRoundedTo);
+  const uint16_t* x = static_cast<const uint16_t*>(a.x) + t.row * stride;
   alignas(64) float sums[2 * kTile * kPanel];
-  each_tile<2 * kTile, kTile>(a.m, a.n, w, values * sizeof *w, pairs, {}, begin, end, [&](const Tile& t) {
-    fastest_for(t.rows)(x + t.row * stride, stride, w + t.panel * values, pairs, t, sums);
-    finish_rows(a, t, sums);
+  const auto of_panel = t.rows == 1       ? vectors_of_panel<1, Blocks>
+                        : t.rows == 2     ? vectors_of_panel<2, Blocks>
+                        : t.rows <= kTile ? tiles_of_panel<false, Blocks>
+                                          : tiles_of_panel<true, Blocks>;
+  of_panel(x, stride, blocks, pairs, sums);
+  finish_rows(a, t, sums);
+}
+
+// body(tile) for all that items [begin, end) have; a panel lies in so many bytes.
+template <typename Body>
+INLINE void each_panel(const Linear& a, int64_t pairs, int64_t bytes, int64_t begin, int64_t end, const Body& body) {
+  const Tiles tiles(kTile, kTile, kTile);
+  each_tile<2 * kTile, kTile>(a.m, a.n, a.w, bytes, pairs, {}, begin, end, body);
+}
+
+void linear_bf16(const Linear& a, int64_t begin, int64_t end) {
+  const int64_t pairs = (a.k + 1) / 2, values = pairs * kPanel;
+  const auto* w = static_cast<const uint32_t*>(a.w);
+  each_panel(a, pairs, values * sizeof *w, begin, end,
+             [&](const Tile& t) { multiply_panel(a, t, pairs, PlainBlocks(w + t.panel * values, pairs, t)); });
+}
+
+// Several tiles of rows have a panel unpacked once, for all of them.
+void linear_compact(const Linear& a, int64_t begin, int64_t end) {
+  const int64_t pairs = (a.k + 1) / 2, size = compact_size(a.k, kPanel);
+  const auto* w = static_cast<const uint16_t*>(a.w);
+  const bool several = a.m > 2 * kTile;
+  thread_local Memory memory;
+  auto* whole = reinterpret_cast<uint32_t*>(memory.reserve(several ? filled_up(pairs, kTile) * kPanel : 0));
+  int64_t unpacked = -1;
+  each_panel(a, pairs, size * sizeof *w, begin, end, [&](const Tile& t) {
+    const uint16_t* of_tile = w + t.panel * size;
+    if (!several) return multiply_panel(a, t, pairs, CompactBlocks(of_tile, a.k));
+    if (t.panel != unpacked) {
+      CompactPanel panel(of_tile, a.k);
+      for (int64_t i = 0; i < pairs; i += kTile) panel.unpack(whole + i * kPanel);
+      asm volatile("" ::"r"(whole) : "memory");
+      unpacked = t.panel;
+    }
+    multiply_panel(a, t, pairs, PlainBlocks(whole, pairs, t));
   });
 }
+
+#else
+
+constexpr auto linear_compact = nullptr;
 
 #endif
