@@ -122,6 +122,8 @@ class PlainBlocks {
   alignas(64) uint32_t last_[kTile * kPanel];
 };
 
+static_assert(kCompactPairs == kTile);
+
 // Of a compact panel, into two places in turns: one is multiplied while the other is written.
 class CompactBlocks {
  public:
