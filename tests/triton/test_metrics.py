@@ -60,6 +60,21 @@ def is_quiet(samples: Samples) -> bool:
     return total(samples, "lora_requests_running") == total(samples, "lora_requests_waiting") == 0
 
 
+def is_busy(samples: Samples, max_seq_len: int) -> bool:
+    """Two requests of the base model run and two wait, in every metric that tells it: values are shown one by one, so one scrape may mix two moments."""
+    used, capacity = total(samples, "lora_kv_tokens_used"), total(samples, "lora_kv_tokens_capacity")
+    return (
+        total(samples, "lora_requests_running") == total(samples, "lora_slots_used") == 2
+        and total(samples, "lora_requests_waiting") == 2
+        and total(samples, "lora_adapter_requests_running", adapter="base", version="0") == 2
+        and total(samples, "lora_load_ratio") == 2
+        and 40 <= used <= capacity == 2 * max_seq_len
+        and total(samples, "lora_kv_cache_usage_ratio") == pytest.approx(used / capacity)
+        and adapters_in_info(samples) >= {"alice/attention", "alice/rslora"}
+        and total(samples, "lora_requests_info", max_lora="1") > 0
+    )
+
+
 def settled(server) -> Samples:
     """A scrape when all that has happened is in it: values are shown one by one, some times a second."""
     seen = [{}]
@@ -106,7 +121,7 @@ def busy(operated, before) -> Samples:
         readers = [threading.Thread(target=read, args=(stream,)) for stream in waiting]
         for reader in readers:
             reader.start()
-        samples = wait_for(operated, lambda samples: total(samples, "lora_requests_waiting") == 2 and adapters_in_info(samples) >= {"alice/attention", "alice/rslora"})
+        samples = wait_for(operated, lambda samples: is_busy(samples, operated.settings.max_seq_len))
         with pytest.raises(Refused, match="queue is full"):
             http.generate(text_input="hi", max_tokens=1)
         wait_for(operated, lambda now: total(now, "lora_requests_total", reason="queue_timeout") > 0)
@@ -158,14 +173,7 @@ def test_the_dashboard_and_the_alert_rules_name_what_is_there(after, where):
 
 
 def test_while_it_is_busy(busy, operated):
-    assert total(busy, "lora_requests_running") == total(busy, "lora_slots_used") == 2
-    assert total(busy, "lora_requests_waiting") == 2
-    assert total(busy, "lora_adapter_requests_running", adapter="base", version="0") == 2
-    assert total(busy, "lora_load_ratio") == 2
-    used, capacity = total(busy, "lora_kv_tokens_used"), total(busy, "lora_kv_tokens_capacity")
-    assert 40 <= used <= capacity == 2 * operated.settings.max_seq_len
-    assert total(busy, "lora_kv_cache_usage_ratio") == pytest.approx(used / capacity)
-    assert adapters_in_info(busy) >= {"alice/attention", "alice/rslora"} and total(busy, "lora_requests_info", max_lora="1") > 0
+    assert is_busy(busy, operated.settings.max_seq_len)
 
 
 def test_what_was_accepted_has_ended(after):
