@@ -48,17 +48,27 @@ INLINE void load_columns(const uint32_t* p, Vec (&weights)[2]) {
   weights[0] = even_bf16(p), weights[1] = odd_bf16(p);
 }
 
-// Products of M rows with a panel, step by step along k.
+// Products of M rows with a panel along k: the even steps are added up in one place, the odd ones in another, as with few rows each addition would
+// wait for the one before.
 template <typename Math>
 struct Stepwise {
   // acc[row] += x[row] . w, where x has `steps` times Math::kDepth values. Meanwhile as much is fetched from `ahead` on as is read.
   template <int kColumns, int M, typename X, typename Weight>
   static INLINE void multiply(const X* const (&x)[M], const Weight* w, int64_t steps, const Weight* ahead,
                               Vec (&acc)[M][kVectors<kColumns>]) {
-    for (int64_t i = 0; i < steps; ++i, w += kColumns, ahead += kColumns) {
-      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-      Math::template step<kColumns>(x, i, w, acc);
-    }
+    constexpr int V = kVectors<kColumns>;
+    Vec odd[M][V];
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < V; ++v) odd[m][v] = zero();
+    const auto step = [&](int64_t i, Vec (&sums)[M][V]) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + i * kColumns), _MM_HINT_T1);
+      Math::template step<kColumns>(x, i, w + i * kColumns, sums);
+    };
+    int64_t i = 0;
+    for (; i + 2 <= steps; i += 2) step(i, acc), step(i + 1, odd);
+    if (i < steps) step(i, acc);
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < V; ++v) acc[m][v] = add(acc[m][v], odd[m][v]);
   }
 };
 
@@ -231,7 +241,7 @@ INLINE void each_item(const Lora& l, const LoraItem* items, int64_t count, bool 
   }
 }
 
-constexpr int kLoraRows = kWidth == 16 ? 8 : 4;  // rows that share a pass over weights
+constexpr int kLoraRows = kWidth == 16 ? 8 : 3;  // rows that share a pass over weights; of AVX2 the sums of three fill the registers
 
 template <typename Math>
 void lora_down(const Lora& l, int64_t begin, int64_t end) {
