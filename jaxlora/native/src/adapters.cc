@@ -81,7 +81,7 @@ ffi::Error make(const Adapters& a, int64_t m, int64_t k, int64_t n, AdapterPlan*
       for (int64_t first = 0; first < plan->modules[i].n; first += kColumnBlock) plan->up.push_back({group, module, first});
     }
   }
-  plan->later = later(*plan, a.bank.dimensions()[1], static_cast<int64_t>(ffi::ByteWidth(type)), k);
+  if (active->fetches_later) plan->later = later(*plan, a.bank.dimensions()[1], static_cast<int64_t>(ffi::ByteWidth(type)), k);
   return ffi::Error::Success();
 }
 

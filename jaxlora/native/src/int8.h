@@ -158,7 +158,7 @@ void linear_i8(const LinearI8& a, int64_t begin, int64_t end) {
   each_tile<kInt8Rows>(a.m, a.n, a.w, a.groups * kPanelBytes, a.groups * kQuads, a.later, begin, end, [&](const Tile& t) {
     with_rows<kInt8Rows>(t.rows, [&](auto rows) {
       constexpr int R = decltype(rows)::value;
-      a.later.count ? int8_tile<R, true>(a, t) : int8_tile<R, false>(a, t);
+      a.later.count ? int8_tile<R, kFetchesLater>(a, t) : int8_tile<R, false>(a, t);
     });
   });
 }

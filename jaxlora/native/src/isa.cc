@@ -35,6 +35,7 @@ constexpr Kernels kKernels = {
     kPanel,
     kRoundedTo,
     kLoraRounded,
+    kFetchesLater,
     round_rows,
     linear_f32,
     linear_bf16,

@@ -166,6 +166,7 @@ struct Kernels {
   int panel;  // columns of a panel of packed weights
   int rounded_to;  // of how many values rounded rows hold a multiple, filled up with zeros
   bool lora_rounded;  // whether adapters of bfloat16 take rounded rows
+  bool fetches_later;  // whether products read `later`
   // Rows of x as bfloat16 weights need them; null where they stay float32.
   void (*round_rows)(const float* x, uint16_t* rounded, int64_t k, int64_t row_begin, int64_t row_end);
   // Items of `linear` are (block of kRowBlock rows, panel), panels fastest.

@@ -84,6 +84,9 @@ INLINE void store_columns(float* y, const Vec (&values)[2], int columns, bool on
   }
 }
 
+// On AVX2 a product of one row loses by that what its adapters gain, and one of 4 rows or more loses more.
+constexpr bool kFetchesLater = kWidth == 16;
+
 // Fetches blocks of `Later` into the second-level cache, a line at each call; once they are through, lines from a place given.
 class LaterLines {
  public:
@@ -217,7 +220,7 @@ INLINE void multiply_tile(const Linear& a, const Tile& t, int64_t k, const typen
   const Update update{a.update.h + t.row * a.update.ranks, a.update.b + t.panel * a.update.ranks * kPanel, a.update.ranks};
   with_rows<Step::kRows>(t.rows, [&](auto rows) {
     constexpr int R = decltype(rows)::value;
-    (a.later.count ? tile<Step, R, true> : tile<Step, R, false>)(x, panel, update, a.y + t.row * a.n + t.panel * kPanel, k, a.n,
+    (a.later.count ? tile<Step, R, kFetchesLater> : tile<Step, R, false>)(x, panel, update, a.y + t.row * a.n + t.panel * kPanel, k, a.n,
                                                                  columns_of(a.n, t.panel), a.onto, t.next, next_step, t.later);
   });
 }
