@@ -22,7 +22,7 @@ _LISTS = {field.name for field in (*FIELDS.values(), INPUT_IDS) if field.dims ==
 
 def progress(text: str) -> None:
     """Shows a line of text to the person who started the server."""
-    print(f"{PROGRESS}{text}", flush=True)
+    print(f"{PROGRESS}{text}\n", end="", flush=True)  # in one piece, as several threads may call it
 
 
 def settings(args: Mapping[str, str]) -> Settings:

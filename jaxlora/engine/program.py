@@ -5,6 +5,7 @@ Every shape is fixed when a `Program` is made; `warm_up` compiles them all, and 
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -162,7 +163,11 @@ class Program:
                 self.state = self._record(self.state, np.int32([slot]), part, np.int32([start]), np.int32([length]))
 
     def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
-        """Allocates, and compiles every step, or reads it where it is kept. Rows are idle, so the state stays empty."""
+        """Allocates, and compiles every step, or reads it where it is kept. Rows are idle, so the state stays empty.
+
+        Arguments:
+            progress: told of each step that has been compiled, by several threads.
+        """
         vocab = self.config.vocab_size
         batches = {f"prefill x {length}": idle_batch(1, length, vocab) for length in self.chunk_lengths}
         batches |= {f"mixed x {length}": idle_mixed_batch(self.sizes.slots, length, vocab) for length in self.mixed_lengths}
@@ -179,10 +184,16 @@ class Program:
             self.reuse(self.sizes.slots - 1, 0, np.zeros(1, np.int32), record=True)
             self.clear(0)
             missing = [name for name, step in steps.items() if step.result() is None]
+            number = itertools.count(1)
+
+            def compile_step(name: str, lowered: Lowered) -> Compiled:
+                step = kept.compile(name, lowered)
+                progress(f"compiled {name} ({next(number)}/{len(missing)})")
+                return step
+
             with kept.compiling() if missing else contextlib.nullcontext():
-                for number, name in enumerate(missing, 1):
-                    progress(f"compiling {name} ({number}/{len(missing)})")
-                    steps[name] = workers.submit(kept.compile, name, self._lower(batches[name], bank, state))
+                for name in missing:
+                    steps[name] = workers.submit(compile_step, name, self._lower(batches[name], bank, state))
                 self._steps = {_shape(batches[name]): step.result() for name, step in steps.items()}
         # The longer ones of a kind would show nothing new, and take most of the time; but what will be kept has run.
         shortest = {name.split()[0]: name for name in reversed(batches)}.values()
