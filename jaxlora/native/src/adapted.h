@@ -10,10 +10,10 @@ void project_rows(const float* x, const float* w, float* y, int64_t k, int64_t c
 void project_columns(const float* h, int64_t h_stride, const float* x, float* y, int64_t m, int64_t ranks, int64_t n, int64_t block) {
   constexpr int64_t kRows = 64;
   alignas(64) float part[kRows * kProjectedColumns];
-  const int64_t first = block * kProjectedColumns, columns = n - first < kProjectedColumns ? n - first : kProjectedColumns;
+  const int64_t first = block * kProjectedColumns, columns = smaller(n - first, kProjectedColumns);
   int64_t row = 0;
   do {  // once without any rows, too: then y is zero
-    const int64_t rows = m - row < kRows ? m - row : kRows;
+    const int64_t rows = smaller(m - row, kRows);
     for (int64_t i = 0; i < rows; ++i) {
       const float* from = x + (row + i) * n + first;
       fetch(from + kRows * n, columns);

@@ -115,7 +115,7 @@ class QueryTile {
     const bool tiled = sizeof(Cache) == 2 && BlockTiles::take(d);
     if (tiled) tiles_.begin(vectors_, count_, d);
     for (int64_t block = low / kBlock * kBlock; block <= high; block += kBlock) {
-      int64_t end = high + 1 - block < kBlock ? high + 1 - block : kBlock, begin = low > block ? low - block : 0;
+      int64_t end = smaller(high + 1 - block, kBlock), begin = low > block ? low - block : 0;
       const Cache *block_keys = keys + block * d, *block_values = values + block * d;
       const Cache* next = block + kBlock <= high ? block_keys + kBlock * d : after;
       if constexpr (sizeof(Cache) == 2) {
@@ -157,7 +157,7 @@ class QueryTile {
     }
     for (int r = 0; r < count_; ++r) weigh(r, block, begin, end, d);
     for (int r = 0; r < count_; r += kValueRows, after = nullptr) {
-      int queries = count_ - r < kValueRows ? count_ - r : kValueRows;
+      int queries = smaller(count_ - r, kValueRows);
       add_values_of<T, kValueRows>(queries, weights_ + r * kBlock, values, out_ + r * d, begin, end, d, after);
     }
   }
@@ -186,7 +186,7 @@ class QueryTile {
   template <int D, typename T>
   void score(const T* keys, const T* values, int64_t block, int64_t begin, int64_t end, int64_t rows, int64_t d) {
     for (int64_t g = begin / kWidth * kWidth; g < end; g += kWidth) {
-      fetch(values + g * d, (end - g < kWidth ? end - g : kWidth) * d);
+      fetch(values + g * d, smaller(end - g, kWidth) * d);
       for (int r = 0; r < count_; ++r) {
         const Query& query = queries_[r];
         int64_t low = query.low - block - g, high = query.high - block - g;  // the lanes that it sees
@@ -255,8 +255,8 @@ void attend(const Attention& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t kv = item % a.kv, first_token = item / a.kv % tiles * a.tile, b = item / a.kv / tiles;
     const int64_t offset = a.offsets[b], own = a.tokens_of(b);
-    const int64_t after = first_token + a.tile < own ? first_token + a.tile : own;
-    const int64_t valid = a.lengths[b] < after ? a.lengths[b] : after;
+    const int64_t after = smaller(first_token + a.tile, own);
+    const int64_t valid = smaller(a.lengths[b], after);
     auto head_of = [&](int64_t b, int64_t kv) { return (a.slots[b] * a.kv + kv) * a.s * a.d; };
     const int64_t cache = head_of(b, kv);
     const auto *keys = static_cast<const Cache*>(a.k_cache), *values = static_cast<const Cache*>(a.v_cache);
@@ -272,7 +272,7 @@ void attend(const Attention& a, int64_t begin, int64_t end) {
     };
     const int64_t queries = valid > first_token ? (valid - first_token) * group : 0;
     for (int64_t i = 0; i < queries; i += kTileQueries) {
-      const int64_t next = i + kTileQueries < queries ? i + kTileQueries : queries;
+      const int64_t next = smaller(i + kTileQueries, queries);
       QueryTile<Cache> tile(workspace);
       for (int64_t j = i; j < next; ++j) {
         const int64_t token = first_token + j / group, position = a.starts[b] + token;

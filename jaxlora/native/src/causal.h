@@ -111,7 +111,7 @@ class CausalHead {
   template <typename Body>
   void for_tiles(const Body& body) {
     for (first_ = 0; first_ < a_.t; first_ += kSteps) {
-      rows_ = a_.t - first_ < kSteps ? a_.t - first_ : kSteps;
+      rows_ = smaller(a_.t - first_, kSteps);
       seen_ = first_ + rows_;
       low_ = lowest(first_) / kWidth * kWidth;
       padded_ = (seen_ - low_ + kWidth - 1) / kWidth * kWidth;

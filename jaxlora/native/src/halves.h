@@ -22,7 +22,7 @@ template <int R, int P>
 void half_tile(const uint32_t* x, const uint16_t* w, int64_t k, const char* next, int64_t next_step, float (&sums)[R][P][kPanel]) {
   __builtin_memset(sums, 0, sizeof sums);
   for (int64_t begin = 0; begin < k; begin += kHalfChunk) {
-    const int64_t end = k - begin < kHalfChunk ? k : begin + kHalfChunk;
+    const int64_t end = smaller(k, begin + kHalfChunk);
     __m512h acc[R][P];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -54,7 +54,7 @@ void half_rows(const LinearF16& a, int64_t row, int64_t count, int64_t panel, co
     for (int64_t r = 0; r < R; ++r) {
       const Vec scale = fill(a.scales[row + r]);
       for (int64_t p = 0; p < P; ++p) {
-        const int64_t column = (panel + p) * kPanel, columns = a.n - column < kPanel ? a.n - column : kPanel;
+        const int64_t column = (panel + p) * kPanel, columns = smaller(a.n - column, kPanel);
         const Vec scaled[2] = {mul(load(sums[r][p]), scale), mul(load(sums[r][p] + kWidth), scale)};
         store_columns(a.y + (row + r) * a.n + column, scaled, static_cast<int>(columns), a.onto);
       }
@@ -66,7 +66,7 @@ void half_rows(const LinearF16& a, int64_t row, int64_t count, int64_t panel, co
 
 template <int P>
 void half_panels(const LinearF16& a, int64_t row_begin, int64_t panel) {
-  const int64_t rows = a.m - row_begin < kRowBlock ? a.m - row_begin : kRowBlock, tiles = (rows + kHalfRows - 1) / kHalfRows;
+  const int64_t rows = smaller(a.m - row_begin, kRowBlock), tiles = (rows + kHalfRows - 1) / kHalfRows;
   const int64_t next_step = P * kPanel * 2 / tiles;  // each tile fetches its share of the next panels
   const char* next = reinterpret_cast<const char*>(a.w + (panel + P) * a.k * kPanel);
   for (int64_t i = 0; i < tiles; ++i, next += a.k * next_step) {

@@ -197,7 +197,7 @@ INLINE void each_tile(int64_t m, int64_t n, const void* w, int64_t bytes, int64_
   const int64_t panel_count = panels(n), items = (m + kRowBlock - 1) / kRowBlock * panel_count;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t panel = item % panel_count, row_begin = item / panel_count * kRowBlock;
-    const int64_t rows = m - row_begin < kRowBlock ? m - row_begin : kRowBlock, tiles = (rows + kRows - 1) / kRows;
+    const int64_t rows = smaller(m - row_begin, kRowBlock), tiles = (rows + kRows - 1) / kRows;
     const int64_t next_step = kPanel * 4 / tiles;
     const char* next = static_cast<const char*>(w) + (panel + 1) * bytes;
     const Later of_item = share(later, item, items);
@@ -210,7 +210,7 @@ INLINE void each_tile(int64_t m, int64_t n, const void* w, int64_t bytes, int64_
 }
 
 INLINE int columns_of(int64_t n, int64_t panel) {
-  return static_cast<int>(n - panel * kPanel < kPanel ? n - panel * kPanel : kPanel);
+  return static_cast<int>(smaller(n - panel * kPanel, kPanel));
 }
 
 // A tile of which x and k count values of X; `panel` are its weights.

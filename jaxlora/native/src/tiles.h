@@ -159,7 +159,7 @@ void vectors_of_panel(const uint16_t* x, int64_t stride, Blocks& blocks, int64_t
     const uint32_t* w = blocks.block();
     Vec even[R][2], odd[R][2];
     for (int r = 0; r < R; ++r) even[r][0] = even[r][1] = odd[r][0] = odd[r][1] = zero();
-    for (int64_t i = begin, end = begin + kTile < pairs ? begin + kTile : pairs; i < end; ++i, w += kPanel) {
+    for (int64_t i = begin, end = smaller(begin + kTile, pairs); i < end; ++i, w += kPanel) {
       for (int r = 0; r < R; ++r) {
         uint32_t pair;
         __builtin_memcpy(&pair, x + r * stride + 2 * i, sizeof pair);
@@ -183,7 +183,7 @@ INLINE void finish_rows(const Linear& a, const Tile& t, const float* sums) {
   constexpr int kAtOnce = 8;
   const float* b = a.update.b + t.panel * a.update.ranks * kPanel;
   for (int64_t first = 0; first < t.rows; first += kAtOnce, sums += kAtOnce * kPanel) {
-    with_rows<kAtOnce>(t.rows - first < kAtOnce ? t.rows - first : kAtOnce, [&](auto rows) {
+    with_rows<kAtOnce>(smaller(t.rows - first, kAtOnce), [&](auto rows) {
       constexpr int R = decltype(rows)::value;
       const float* h = a.update.h + (t.row + first) * a.update.ranks;
       float* y = a.y + (t.row + first) * a.n + t.panel * kPanel;
