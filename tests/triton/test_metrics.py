@@ -40,13 +40,18 @@ def total(samples: Samples, name: str, **labels: str) -> float:
 
 
 def wait_for(server, condition) -> Samples:
-    """The first scrape that is as it should be."""
+    """The first scrape that is as it should be. A condition that asserts tells in the end what was not."""
     deadline = time.monotonic() + 30
     while True:
         samples = scrape(server)
-        if condition(samples):
-            return samples
-        assert time.monotonic() < deadline, {f"{name}{dict(labels)}": value for (name, labels), value in samples.items() if "lora_" in name}
+        late = time.monotonic() > deadline
+        try:
+            if condition(samples):
+                return samples
+        except AssertionError:
+            if late:
+                raise
+        assert not late, {f"{name}{dict(labels)}": value for (name, labels), value in samples.items() if "lora_" in name}
         time.sleep(0.1)
 
 
@@ -60,19 +65,17 @@ def is_quiet(samples: Samples) -> bool:
     return total(samples, "lora_requests_running") == total(samples, "lora_requests_waiting") == 0
 
 
-def is_busy(samples: Samples, max_seq_len: int) -> bool:
+def check_busy(samples: Samples, max_seq_len: int) -> bool:
     """Two requests of the base model run and two wait, in every metric that tells it: values are shown one by one, so one scrape may mix two moments."""
+    assert total(samples, "lora_requests_running") == total(samples, "lora_slots_used") == 2
+    assert total(samples, "lora_requests_waiting") == 2
+    assert total(samples, "lora_adapter_requests_running", adapter="base", version="0") == 2
+    assert total(samples, "lora_load_ratio") == 2
     used, capacity = total(samples, "lora_kv_tokens_used"), total(samples, "lora_kv_tokens_capacity")
-    return (
-        total(samples, "lora_requests_running") == total(samples, "lora_slots_used") == 2
-        and total(samples, "lora_requests_waiting") == 2
-        and total(samples, "lora_adapter_requests_running", adapter="base", version="0") == 2
-        and total(samples, "lora_load_ratio") == 2
-        and 40 <= used <= capacity == 2 * max_seq_len
-        and total(samples, "lora_kv_cache_usage_ratio") == pytest.approx(used / capacity)
-        and adapters_in_info(samples) >= {"alice/attention", "alice/rslora"}
-        and total(samples, "lora_requests_info", max_lora="1") > 0
-    )
+    assert 40 <= used <= capacity == 2 * max_seq_len
+    assert total(samples, "lora_kv_cache_usage_ratio") == pytest.approx(used / capacity)
+    assert adapters_in_info(samples) >= {"alice/attention", "alice/rslora"} and total(samples, "lora_requests_info", max_lora="1") > 0
+    return True
 
 
 def settled(server) -> Samples:
@@ -121,7 +124,7 @@ def busy(operated, before) -> Samples:
         readers = [threading.Thread(target=read, args=(stream,)) for stream in waiting]
         for reader in readers:
             reader.start()
-        samples = wait_for(operated, lambda samples: is_busy(samples, operated.settings.max_seq_len))
+        samples = wait_for(operated, lambda samples: check_busy(samples, operated.settings.max_seq_len))
         with pytest.raises(Refused, match="queue is full"):
             http.generate(text_input="hi", max_tokens=1)
         wait_for(operated, lambda now: total(now, "lora_requests_total", reason="queue_timeout") > 0)
@@ -173,7 +176,7 @@ def test_the_dashboard_and_the_alert_rules_name_what_is_there(after, where):
 
 
 def test_while_it_is_busy(busy, operated):
-    assert is_busy(busy, operated.settings.max_seq_len)
+    assert check_busy(busy, operated.settings.max_seq_len)
 
 
 def test_what_was_accepted_has_ended(after):
