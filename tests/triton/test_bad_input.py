@@ -2,12 +2,13 @@
 
 import concurrent.futures
 import json
+import threading
 
 import numpy as np
 import pytest
 
 from .conftest import SETTINGS
-from .harness import Grpc, Http, Refused
+from .harness import ANSWER_TIMEOUT_S, Grpc, Http, Refused
 
 MAX_TOKENS, MAX_BYTES, MAX_LENGTH = SETTINGS["max_output_tokens"], SETTINGS["max_prompt_bytes"], SETTINGS["max_seq_len"]
 
@@ -169,15 +170,18 @@ def test_a_body_that_is_no_request_is_refused(http, model, body):
 
 
 def test_a_full_queue_refuses_and_says_its_limit(server):
-    """Fills the slots and the queue with long answers; the one too many is refused, the others are cancelled."""
+    """Fills the slots and the queue with long answers; the one too many is refused, and no answer is let go of before that."""
     http, most = Http(server), SETTINGS["max_slots"] + SETTINGS["max_queue"]
+    somebody_was_refused = threading.Event()
 
     def ask(number: int):
         try:
             stream = http.stream("jax_lora", text_input=f"{number}", max_tokens=MAX_TOKENS, stream=True)
             next(stream)
+            somebody_was_refused.wait(ANSWER_TIMEOUT_S)
             stream.close()
         except Refused as refused:
+            somebody_was_refused.set()
             return str(refused)
         return None
 
