@@ -1,9 +1,11 @@
 """Optax optimizers and learning-rate schedules by name."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import optax
 
 from jaxlora.errors import SetupError
@@ -18,15 +20,24 @@ def optimizer_names() -> list[str]:
     return sorted(name for name, found in vars(optax).items() if _is_optimizer(name, found))
 
 
-def make_optimizer(name: str, arguments: Mapping[str, Any], schedule: Schedule) -> optax.GradientTransformation:
-    """`optax.<name>(learning_rate=schedule, **arguments)`.
+def make_optimizer(name: str, arguments: Mapping[str, Any], rate: float) -> optax.GradientTransformation:
+    """`optax.<name>(rate, **arguments)`, whose state holds the learning rate, for `at_rate` to change: what has been compiled serves every
+    rate and schedule.
 
     Raises:
         SetupError: there is no such optimizer, or it doesn't take these arguments.
     """
     if name not in optimizer_names():
         raise SetupError(f"--optimizer: {name!r} is no optimizer of optax; there are: {', '.join(optimizer_names())}")
-    return _call("--optimizer-args", getattr(optax, name), {"learning_rate": schedule, **arguments})
+    optimizer = getattr(optax, name)
+    _call("--optimizer-args", functools.partial(optimizer, rate), arguments)  # with the rate in its state it would be made later
+    others = [argument for argument in inspect.signature(optimizer).parameters if argument != "learning_rate"]
+    return optax.inject_hyperparams(optimizer, static_args=others)(rate, **arguments)
+
+
+def at_rate(state: Any, rate: float) -> Any:
+    """The state of an optimizer from `make_optimizer`, whose next step has this learning rate."""
+    return state._replace(hyperparams={"learning_rate": np.float32(rate)})
 
 
 def make_schedule(name: str, arguments: Mapping[str, Any], *, peak: float, warmup_steps: int, total_steps: int) -> Schedule:

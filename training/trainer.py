@@ -22,7 +22,7 @@ from training.checkpoints import Checkpoints
 from training.curve import draw
 from training.machine import Machine, XlaMachine
 from training.method import HeldOut, Method, Window
-from training.optimizers import make_optimizer, make_schedule
+from training.optimizers import at_rate, make_optimizer, make_schedule
 from training.options import Options
 from training.policy import Noise
 from training.progress import Display
@@ -109,7 +109,7 @@ class Trainer:
             options.schedule, options.schedule_args,
             peak=options.lr, warmup_steps=round(options.warmup * self.total_steps), total_steps=self.total_steps,
         )  # fmt: skip
-        self._optimizer = make_optimizer(options.optimizer, options.optimizer_args, self._schedule)
+        self._optimizer = make_optimizer(options.optimizer, options.optimizer_args, self._rate(0))
         self._mesh = _mesh(options.micro_batch)
         step_options = StepOptions(
             options.max_grad_norm,
@@ -215,6 +215,8 @@ class Trainer:
         if length not in self._compiled:
             self._compiled.add(length)
             self._say(f"compiling the step for examples of {length} tokens, once (up to a minute)")
+        rate = self._rate(done)
+        state = state.replace(optimizer=at_rate(state.optimizer, rate))
         state, report = self.step(state, self._weights, self._reference, self._placed(window), self._key)
         report = jax.device_get(report)
         if not report.finite and (self._options.dtype != "float16" or scale <= 1):
@@ -228,7 +230,7 @@ class Trainer:
             "step": done + 1,
             "loss": float(report.loss),
             "grad_norm": float(report.grad_norm),
-            "lr": float(self._schedule(done)),
+            "lr": rate,
             "count": float(report.count),
         }
         if self._options.dtype == "float16":
@@ -236,6 +238,9 @@ class Trainer:
         if tokens:
             entry["tokens_per_second"] = tokens / (time.monotonic() - started)
         return state, entry | {name: float(value) for name, value in report.metrics.items()} | facts
+
+    def _rate(self, done: int) -> float:
+        return float(self._schedule(done))
 
     @property
     def _eval_every(self) -> int:

@@ -156,6 +156,14 @@ def test_gates(run: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[s
     assert "there is no score 'eval_los'; there are: eval_loss" in capsys.readouterr().err
 
 
+def test_each_step_has_the_rate_of_its_schedule(run: Run, tmp_path: pathlib.Path) -> None:
+    falling = json.dumps({"init_value": 1e-2, "end_value": 0.0, "transition_steps": 1})
+    assert run("--max-steps", 1, "--schedule", "constant", "--warmup", 0) == 0
+    assert run("--max-steps", 3, "--schedule", "linear_schedule", "--schedule-args", falling, folder="on") == 0
+    assert [entry["lr"] for entry in metrics(tmp_path / "on")] == pytest.approx([1e-2, 0, 0])
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "on" / WEIGHTS).read_bytes()
+
+
 def test_a_run_from_an_adapter_starts_where_that_ended(run: Run, tmp_path: pathlib.Path) -> None:
     assert run("--max-steps", 6, "--eval-share", 0.3, "--rslora", "--target-modules", "q_proj,down_proj") == 0
     assert run("--init", "a/b", "--max-steps", 1, "--lr", 0, "--eval-share", 0.3, "--eval-first", folder="on") == 0

@@ -1,0 +1,59 @@
+"""Optimizers by name, with the learning rate in their state."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlora.errors import SetupError
+from training.optimizers import at_rate, make_optimizer, optimizer_names
+
+RATES = [0.1, 0.03, 0.2]
+PARAMS = {"a": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), "b": jnp.linspace(0.5, 2.0, 6).reshape(2, 3)}
+NO_SCHEDULE = ("optimistic_adam", "rprop", "sm3")  # optax gives these one rate
+
+
+@pytest.mark.parametrize("name", optimizer_names())
+def test_every_optimizer_takes_the_steps_that_optax_takes(name):
+    rates = RATES[:1] * 3 if name in NO_SCHEDULE else RATES
+    ours = make_optimizer(name, {}, rates[0])
+    theirs = getattr(optax, name)(rates[0] if name in NO_SCHEDULE else lambda count: jnp.array(rates)[count])
+    our_params, our_state = PARAMS, ours.init(PARAMS)
+    their_params, their_state = PARAMS, theirs.init(PARAMS)
+    for rate in rates:
+        our_params, our_state = _step(ours, at_rate(our_state, rate), our_params)
+        their_params, their_state = _step(theirs, their_state, their_params)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), our_params, their_params)
+
+
+@pytest.mark.parametrize("name", optimizer_names())
+def test_every_rate_has_the_same_program(name):
+    programs = set()
+    for rate in RATES:
+        optimizer = make_optimizer(name, {}, rate)
+        state = at_rate(optimizer.init(PARAMS), rate)
+        programs.add(jax.jit(_step, static_argnums=0).lower(optimizer, state, PARAMS).as_text())
+    assert len(programs) == 1
+
+
+def _step(optimizer, state, params):
+    slopes = jax.tree.map(jnp.cos, params)
+    updates, state = optimizer.update(slopes, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("adamv", {}, "--optimizer: 'adamv' is no optimizer of optax; there are: .*adamw"),
+        ("adamw", {"beta": 0.9}, "--optimizer-args: .*'beta'"),
+        ("adamw", {"learning_rate": 0.1}, "--optimizer-args: .*'learning_rate'"),
+        ("sign_sgd", {"momentum": 0.9}, "--optimizer-args: .*'momentum'"),
+    ],
+)
+def test_what_optax_does_not_take_is_refused(name, arguments, said):
+    with pytest.raises(SetupError, match=said):
+        make_optimizer(name, arguments, 0.1)
