@@ -28,6 +28,11 @@ INLINE Ints load_ints(const void* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
+INLINE int32_t read_int(const void* p) {
+  int32_t value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
 INLINE void store_ints(void* p, Ints v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
@@ -54,16 +59,18 @@ INLINE Ints to_ints(Vec v) {
 }
 #endif
 
-// `of_weights` and `of_x` make of 4 values of k in 32 bits what `dot` multiplies.
+// `of_weights` and `of_x` make of 4 values of k what `dot` multiplies.
 #ifdef __AVX512VNNI__
 
+using Quantized = int8_t;
 constexpr int kInt8Rows = kTileRows;
 
+INLINE void arrange(Quantized (&)[kGroup]) {}
 INLINE Ints of_weights(Ints w) {
   return w;
 }
-INLINE Ints of_x(Ints x) {
-  return x;
+INLINE Ints of_x(const Quantized* x) {
+  return fill_ints(read_int(x));
 }
 INLINE Ints dot(Ints acc, Ints w, Ints x) {
   return ints(_mm512_dpbusd_epi32(bits(acc), bits(w), bits(x)));
@@ -71,16 +78,25 @@ INLINE Ints dot(Ints acc, Ints w, Ints x) {
 
 #else
 
+using Quantized = int16_t;
 typedef int16_t Shorts __attribute__((vector_size(sizeof(Bits))));
 typedef uint16_t UnsignedShorts __attribute__((vector_size(sizeof(Bits))));
 
-struct Halves {  // in 16 bits: even and odd bytes
+struct Halves {  // in 16 bits: even and odd values of k
   Shorts even, odd;
 };
 
+// Of each 4 values the even ones come first, so that both are read as `dot` multiplies them.
+INLINE void arrange(Quantized (&group)[kGroup]) {
+  uint64_t quads[kQuads];
+  __builtin_memcpy(quads, group, sizeof quads);
+  for (uint64_t& quad : quads) quad = (quad & 0xffff00000000ffff) | (quad >> 16 & 0xffff0000) | (quad & 0xffff0000) << 16;
+  __builtin_memcpy(group, quads, sizeof quads);
+}
+
 // Sums of the products of neighbours.
 #ifdef __AVX512F__
-constexpr int kInt8Rows = kTileRows - 2;  // odd bytes of weights and of x take three registers more
+constexpr int kInt8Rows = kTileRows - 2;  // odd values of weights and of x take three registers more
 
 INLINE Ints multiply_pairs(Shorts a, Shorts b) {
   return ints(_mm512_madd_epi16(reinterpret_cast<Bits>(a), reinterpret_cast<Bits>(b)));
@@ -96,24 +112,26 @@ INLINE Ints multiply_pairs(Shorts a, Shorts b) {
 INLINE Halves of_weights(Ints w) {
   return {reinterpret_cast<Shorts>(w) & 0xff, reinterpret_cast<Shorts>(reinterpret_cast<UnsignedShorts>(w) >> 8)};
 }
-INLINE Halves of_x(Ints x) {
-  return {(reinterpret_cast<Shorts>(x) << 8) >> 8, reinterpret_cast<Shorts>(x) >> 8};
+INLINE Halves of_x(const Quantized* x) {
+  return {reinterpret_cast<Shorts>(fill_ints(read_int(x))), reinterpret_cast<Shorts>(fill_ints(read_int(x + 2)))};
 }
 INLINE Ints dot(Ints acc, const Halves& w, const Halves& x) {
-  return acc + multiply_pairs(w.even, x.even) + multiply_pairs(w.odd, x.odd);
+  acc = acc + multiply_pairs(w.even, x.even) + multiply_pairs(w.odd, x.odd);
+#ifndef __AVX512F__
+  asm("" : "+x"(acc));  // otherwise GCC 12 multiplies all that a group of one row has first, and keeps the products in memory
+#endif
+  return acc;
 }
 
 #endif
 
 // Adds the products of 4 values of k, for R rows and two vectors of columns.
 template <int R>
-INLINE void add_quads(const int8_t* x, int64_t stride, const uint8_t* w, Ints (&sums)[R][2]) {
+INLINE void add_quads(const Quantized* x, int64_t stride, const uint8_t* w, Ints (&sums)[R][2]) {
   const auto w0 = of_weights(load_ints(w)), w1 = of_weights(load_ints(w + 4 * kWidth));
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    int32_t quad;
-    __builtin_memcpy(&quad, x + r * stride, sizeof quad);
-    const auto values = of_x(fill_ints(quad));
+    const auto values = of_x(x + r * stride);
     sums[r][0] = dot(sums[r][0], w0, values);
     sums[r][1] = dot(sums[r][1], w1, values);
   }
@@ -135,7 +153,7 @@ void int8_tile(const LinearI8& a, const Tile& t) {
     for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = fill_ints(a.offsets[r * a.groups + g]);
     const auto* scales = reinterpret_cast<const uint16_t*>(w);
     const uint8_t* weights = w + kPanel * sizeof(*scales);
-    const int8_t* x = a.x + g * kGroup;
+    const Quantized* x = static_cast<const Quantized*>(a.x) + g * kGroup;
     for (int i = 0; i < kQuads; ++i, weights += kPanel * 4, x += 4, next += t.next_step) {
       fetch_step(next);
       if constexpr (kLater) later.fetch(next);
@@ -164,7 +182,7 @@ void linear_i8(const LinearI8& a, int64_t begin, int64_t end) {
 }
 
 // The largest value of a group becomes 127, or -127. A group with a value that is not finite gets a scale that is NaN.
-void quantize_rows(const float* x, int8_t* values, float* scales, int32_t* offsets, int64_t k, int64_t row_begin, int64_t row_end) {
+void quantize_rows(const float* x, void* values, float* scales, int32_t* offsets, int64_t k, int64_t row_begin, int64_t row_end) {
   const int64_t groups = (k + kGroup - 1) / kGroup;
   for (int64_t row = row_begin; row < row_end; ++row) {
     for (int64_t g = 0; g < groups; ++g) {
@@ -183,12 +201,14 @@ void quantize_rows(const float* x, int8_t* values, float* scales, int32_t* offse
       const float highest = largest(top), factor = highest > 1e-36f ? 127.0f / highest : 0.0f;
       alignas(64) int32_t whole[kGroup];
       for (int i = 0; i < kGroup; i += kWidth) store_ints(whole + i, to_ints(mul(load(from + i), fill(factor))));
-      int8_t* to = values + (row * groups + g) * kGroup;
+      Quantized group[kGroup];
       int32_t total = 0;
       for (int i = 0; i < kGroup; ++i) {
-        to[i] = static_cast<int8_t>(whole[i]);
-        total += to[i];
+        group[i] = static_cast<int8_t>(whole[i]);
+        total += group[i];
       }
+      arrange(group);
+      __builtin_memcpy(static_cast<Quantized*>(values) + (row * groups + g) * kGroup, group, sizeof group);
       scales[row * groups + g] = highest / 127.0f + sum(not_finite);
       offsets[row * groups + g] = -128 * total;
     }

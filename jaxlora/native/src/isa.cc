@@ -36,6 +36,7 @@ constexpr Kernels kKernels = {
     kRoundedTo,
     kLoraRounded,
     kFetchesLater,
+    sizeof(Quantized),
     round_rows,
     linear_f32,
     linear_bf16,

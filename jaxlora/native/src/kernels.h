@@ -58,9 +58,10 @@ struct LinearF16 {
 };
 
 // The same with weights of 8 bits: for each panel and group of k, a bfloat16 scale for each column, then [quads of k][panel][4] weights, each
-// 128 more than its value. x [m, groups, kGroup], scales and offsets [m, groups] are what `quantize_rows` made of float32 rows.
+// 128 more than its value. x [m, groups, kGroup] of `quantized_bytes` each, scales and offsets [m, groups] are what `quantize_rows` made of
+// float32 rows.
 struct LinearI8 {
-  const int8_t* x;
+  const void* x;
   const float* scales;
   const int32_t* offsets;
   const uint8_t* w;
@@ -167,6 +168,7 @@ struct Kernels {
   int rounded_to;  // of how many values rounded rows hold a multiple, filled up with zeros
   bool lora_rounded;  // whether adapters of bfloat16 take rounded rows
   bool fetches_later;  // whether products read `later`
+  int quantized_bytes;  // that a value of quantized rows takes
   // Rows of x as bfloat16 weights need them; null where they stay float32.
   void (*round_rows)(const float* x, uint16_t* rounded, int64_t k, int64_t row_begin, int64_t row_end);
   // Items of `linear` are (block of kRowBlock rows, panel), panels fastest.
@@ -179,7 +181,7 @@ struct Kernels {
   // Null where the instruction set lacks arithmetic on float16. Items as of the others.
   void (*halve_rows)(const float* x, uint32_t* halves, float* scales, int64_t k, int64_t row_begin, int64_t row_end);
   void (*linear_f16)(const LinearF16&, int64_t begin, int64_t end);
-  void (*quantize_rows)(const float* x, int8_t* values, float* scales, int32_t* offsets, int64_t k, int64_t row_begin, int64_t row_end);
+  void (*quantize_rows)(const float* x, void* values, float* scales, int32_t* offsets, int64_t k, int64_t row_begin, int64_t row_end);
   void (*linear_i8)(const LinearI8&, int64_t begin, int64_t end);
   // Items of `store_new` are (sequence, kv head); of `attend` (sequence, tile, kv head), kv heads fastest.
   void (*store_new_f32)(const Attention&, int64_t begin, int64_t end);

@@ -35,7 +35,7 @@ Rows prepare(const Input& input, Forms forms) {
   const size_t plain = layout.add(count(computed, k, sizeof(float)));
   const size_t rounded = layout.add(static_cast<size_t>(readable * filled) * sizeof(uint16_t));
   const size_t halves = layout.add(count(forms.halves, k, sizeof(uint32_t)));
-  const size_t quantized = layout.add(count(forms.quantized, groups * kGroup, 1));
+  const size_t quantized = layout.add(count(forms.quantized, groups * kGroup, static_cast<size_t>(active->quantized_bytes)));
   const size_t scales = layout.add(count(forms.halves || forms.quantized, forms.halves ? 1 : groups, sizeof(float)));
   const size_t offsets = layout.add(count(forms.quantized, groups, sizeof(int32_t)));
   char* const base = static_cast<char*>(memory.reserve(layout.size()));
@@ -44,7 +44,7 @@ Rows prepare(const Input& input, Forms forms) {
   const float* const x = computed ? computed_rows : input.x;
   auto* const rounded_rows = reinterpret_cast<uint16_t*>(base + rounded);
   auto* const halved = reinterpret_cast<uint32_t*>(base + halves);
-  auto* const values = reinterpret_cast<int8_t*>(base + quantized);
+  char* const values = base + quantized;
   auto* const of_rows = reinterpret_cast<float*>(base + scales);
   auto* const sums = reinterpret_cast<int32_t*>(base + offsets);
   const auto body = [&](int64_t begin, int64_t end) {

@@ -26,7 +26,7 @@ struct Rows {
   const float* plain = nullptr;  // [m, k]
   const uint16_t* rounded = nullptr;
   const uint32_t* halves = nullptr;
-  const int8_t* quantized = nullptr;
+  const void* quantized = nullptr;
   const float* scales = nullptr;  // of halves or of quantized
   const int32_t* offsets = nullptr;
   int64_t rounded_stride = 0;
