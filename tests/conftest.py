@@ -36,8 +36,9 @@ def compiled_programs_are_kept() -> None:
 
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
-    """Compiles without most optimisations, for tests with a tolerance whose programs run for milliseconds. It spares up to two thirds of the time,
-    and more with the XLA of jaxlib 0.7.1, which unrolls a slice of some thousand numbers for seconds."""
+    """Compiles without most optimisations, for tests whose programs run for milliseconds, and that have a tolerance or compare what was compiled
+    alike. It spares up to two thirds of the time, and more with the XLA of jaxlib 0.7.1, which unrolls a slice of some thousand numbers for
+    seconds."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -13,6 +13,7 @@ from jaxlora.settings import Settings
 from tests.training import tiny
 from training import grpo
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 REWARD = "tests.training.rewards_for_tests"
 
 

@@ -19,6 +19,7 @@ from training.lora_init import new_adapter, to_peft
 from training.losses import LogProbs, Terms
 from training.losses.preference import PAIRWISE, PreferenceLoss, UnpairedLoss, log_odds
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 DATA = [{"prompt": f"{at % 10} then ", "chosen": "yes" * (1 + at % 4), "rejected": "no" * (1 + at % 3)} for at in range(24)]
 
 

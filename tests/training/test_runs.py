@@ -19,6 +19,7 @@ from training.checkpoints import Checkpoints
 from training.run_folder import RunFolder
 
 Run = Callable[..., int]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 WEIGHTS = "adapter/adapter_model.safetensors"
 
 
