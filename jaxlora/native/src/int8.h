@@ -28,11 +28,6 @@ INLINE Ints load_ints(const void* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-INLINE int32_t read_int(const void* p) {
-  int32_t value;
-  __builtin_memcpy(&value, p, sizeof value);
-  return value;
-}
 INLINE void store_ints(void* p, Ints v) {
   __builtin_memcpy(p, &v, sizeof v);
 }

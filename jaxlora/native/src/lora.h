@@ -93,12 +93,6 @@ struct WideLora : Stepwise<WideLora<W>> {
 
 #ifdef __AVX512BF16__
 
-INLINE uint32_t pair_at(const uint16_t* x, int64_t i) {
-  uint32_t pair;
-  __builtin_memcpy(&pair, x + 2 * i, sizeof pair);
-  return pair;
-}
-
 // Pairs of bfloat16 on both sides: x and what lies between A and B are rounded.
 struct RoundedLora {
   using Weight = uint32_t;
@@ -114,7 +108,7 @@ struct DotPairsLora : RoundedLora, Stepwise<DotPairsLora> {
     const auto weights = reinterpret_cast<__m512bh>(kColumns < kWidth ? load_half(w) : _mm512_loadu_si512(w));
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      acc[m][0] = _mm512_dpbf16_ps(acc[m][0], weights, reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair_at(x[m], i)))));
+      acc[m][0] = _mm512_dpbf16_ps(acc[m][0], weights, reinterpret_cast<__m512bh>(_mm512_set1_epi32(read_int(x[m] + 2 * i))));
     }
   }
 };

@@ -13,7 +13,7 @@ struct TilePairsLora : RoundedLora {
         _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
         Vec weights[2];
         load_columns<kColumns>(w, weights);
-        const __m512i both = _mm512_set1_epi32(static_cast<int>(pair_at(x[0], i)));
+        const __m512i both = _mm512_set1_epi32(read_int(x[0] + 2 * i));
         even_sum = fma(even_of(both), weights[0], even_sum);
         odd_sum = fma(odd_of(both), weights[1], odd_sum);
       }

@@ -223,6 +223,13 @@ INLINE void store_part(float* p, Vec v, int64_t count) {
   __builtin_memcpy(p, lanes, static_cast<size_t>(count) * sizeof(float));
 }
 
+// What fills a vector: two or four short values in 32 bits.
+INLINE int32_t read_int(const void* p) {
+  int32_t value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
+
 // To the nearest bfloat16, ties to even; NaN stays NaN.
 INLINE uint16_t to_bf16(float value) {
   uint32_t bits;

@@ -161,9 +161,7 @@ void vectors_of_panel(const uint16_t* x, int64_t stride, Blocks& blocks, int64_t
     for (int r = 0; r < R; ++r) even[r][0] = even[r][1] = odd[r][0] = odd[r][1] = zero();
     for (int64_t i = begin, end = smaller(begin + kTile, pairs); i < end; ++i, w += kPanel) {
       for (int r = 0; r < R; ++r) {
-        uint32_t pair;
-        __builtin_memcpy(&pair, x + r * stride + 2 * i, sizeof pair);
-        const __m512i both = _mm512_set1_epi32(static_cast<int>(pair));
+        const __m512i both = _mm512_set1_epi32(read_int(x + r * stride + 2 * i));
         const Vec first = even_of(both), second = odd_of(both);
         for (int v = 0; v < 2; ++v) {
           even[r][v] = fma(first, even_bf16(w + v * kWidth), even[r][v]);
