@@ -92,7 +92,7 @@ class XlaBackend(PlainElements):
 
     @property
     def compiler_options(self) -> dict[str, bool]:
-        return _quick_gathers() if jax.default_backend() == "cpu" else {}
+        return quick_fusions()
 
     def batch_sizes(self, slots: int) -> tuple[int, ...]:
         return (slots,)
@@ -264,17 +264,6 @@ class NativeBackend:
             return out.reshape(*out.shape[:2], -1), tuple(caches)
 
         return attend
-
-
-@functools.cache
-def _quick_gathers() -> dict[str, bool]:
-    # The fusion emitters of jaxlib 0.7 take a second to compile each gather from the bank. Later ones may not know the option.
-    options = {"xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda: jnp.zeros(()), compiler_options=options)()
-    except Exception:  # whatever type this version refuses an unknown option with
-        return {}
-    return options
 
 
 def choose(build_dir: pathlib.Path, progress: Callable[[str], None] = lambda line: None) -> tuple[Backend, str]:

@@ -41,8 +41,8 @@ class Gated(NamedTuple):
     gate_up: tuple[Array, ...]
 
     def values(self) -> Array:
-        gate, up = self.gate_up
-        return jax.nn.silu(gate) * up
+        # A gradient keeps gate and up only, and not each step between them and the result.
+        return jax.checkpoint(lambda gate, up: jax.nn.silu(gate) * up)(*self.gate_up)
 
 
 Input = Array | Normed | Gated

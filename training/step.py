@@ -1,6 +1,6 @@
-"""One optimizer step: gradients of all micro-batches added up in one scan, clipped, and given to the optimizer.
+"""One optimizer step: gradients of all micro-batches added up in one scan, clipped, and given to the optimizer module by module.
 
-Pure functions on a pytree of state. Knows no data, no files and no particular loss.
+Knows no data, no files and no particular loss.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxlora.compilation import quick_fusions
 from jaxlora.config import ModelConfig
 from jaxlora.lora import Adapter
 from jaxlora.weights import Weights
@@ -30,11 +31,11 @@ LARGEST_SCALE, GROW_AFTER = 2.0**24, 200
 
 @struct.dataclass
 class State:
-    """All that a run changes. `scale` multiplies the loss before the backward pass (1 unless training in float16), `good_steps`
-    counts the steps since it changed."""
+    """All that a run changes. `optimizer` holds the optimizer's state for each module, by path. `scale` multiplies the loss before the
+    backward pass (1 unless training in float16), `good_steps` counts the steps since it changed."""
 
     adapter: Adapter
-    optimizer: Any
+    optimizer: dict[str, Any]
     step: Array
     scale: Array
     good_steps: Array
@@ -64,9 +65,55 @@ class StepOptions:
     loss_scaling: bool = False
 
 
+@struct.dataclass
+class Gradient:
+    """What a window tells. `slopes` times `factor` are the gradient, clipped; `taken` is false where nothing is to be learned from it.
+    `state` is the next one, but for adapter and optimizer."""
+
+    slopes: Adapter
+    factor: Array
+    taken: Array
+    state: State
+    report: Report
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One optimizer step, see `make_step`.
+
+    The optimizer has a program of its own, for one module at a time: there are as few as there are shapes of modules, while one program for
+    all modules would take as long to compile as the gradient, which is compiled anew for each shape of window.
+    """
+
+    gradient: Callable[..., Any]
+    """`(state without the optimizer's, weights, reference, window, key)` -> `Gradient`."""
+    update: Callable[..., Any]
+    """`(module, the optimizer's state of it, its slopes, factor of the slopes, whether anything changes)` -> both after the step. They
+    are given away."""
+
+    def __call__(
+        self, state: State, weights: Weights, reference: Adapter | None, window: Window, key: Array
+    ) -> tuple[State, Report]:
+        """The state is given away."""
+        found = self.gradient(state.replace(optimizer={}), weights, reference, window, key)
+        slopes = modules(found.slopes)
+        after = {
+            path: self.update(module, state.optimizer[path], slopes[path], found.factor, found.taken)
+            for path, module in modules(state.adapter).items()
+        }
+        adapter = state.adapter.replace(**{part: {path: after[path][0][part] for path in after} for part in ("a", "b")})
+        return found.state.replace(adapter=adapter, optimizer={path: each for path, (_, each) in after.items()}), found.report
+
+
+def modules(adapter: Adapter) -> dict[str, dict[str, Array]]:
+    """A and B of each module, by path."""
+    return {path: {"a": adapter.a[path], "b": adapter.b[path]} for path in adapter.a}
+
+
 def new_state(adapter: Adapter, optimizer: optax.GradientTransformation, scale: float = 1.0) -> State:
     """The state before the first step."""
-    return State(adapter, optimizer.init(adapter), jnp.int32(0), jnp.float32(scale), jnp.int32(0))
+    states = {path: optimizer.init(module) for path, module in modules(adapter).items()}
+    return State(adapter, states, jnp.int32(0), jnp.float32(scale), jnp.int32(0))
 
 
 def make_step(
@@ -76,8 +123,8 @@ def make_step(
     options: StepOptions,
     mesh: Mesh | None = None,
     machine: Machine = XlaMachine(),
-) -> Callable[[State, Weights, Adapter | None, Window, Array], tuple[State, Report]]:
-    """`step(state, weights, reference, window, key)`, compiled once for each shape of window. The state is given away.
+) -> Step:
+    """`step(state, weights, reference, window, key)` -> the next state and a report, compiled once for each shape of window.
 
     Arguments:
         mesh: with one axis, `data`: every device takes its share of the examples of each micro-batch.
@@ -97,14 +144,21 @@ def make_step(
 
     slopes_of = _over_devices(slopes_of, mesh)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: State, weights: Weights, reference: Adapter | None, window: Window, key: Array) -> tuple[State, Report]:
+    @jax.jit
+    def gradient(state: State, weights: Weights, reference: Adapter | None, window: Window, key: Array) -> Gradient:
         key = jax.random.fold_in(key, state.step)
         slopes, terms = slopes_of(window, weights, reference, state.adapter, key, state.scale)
-        slopes = jax.tree.map(lambda slope: slope / (state.scale * _divisor(terms.count)), slopes)
-        return _update(optimizer, options, state, slopes, terms)
+        return _judged(options, state, slopes, terms)
 
-    return step
+    @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=quick_fusions() or None)
+    def update(module: dict[str, Array], state: Any, slopes: dict[str, Array], factor: Array, taken: Array) -> tuple[Any, Any]:
+        updates, after = optimizer.update(jax.tree.map(lambda slope: slope * factor, slopes), state, module)
+        updates["b"] = options.b_rate * updates["b"]
+        return jax.tree.map(
+            lambda new, old: jnp.where(taken, new, old), (optax.apply_updates(module, updates), after), (module, state)
+        )
+
+    return Step(gradient, update)
 
 
 def make_evaluation(
@@ -120,26 +174,23 @@ def make_evaluation(
     return jax.jit(lambda adapter, weights, reference, window: terms_of(window, weights, reference, adapter))
 
 
-def _update(
-    optimizer: optax.GradientTransformation, options: StepOptions, state: State, slopes: Adapter, terms: Terms
-) -> tuple[State, Report]:
-    loss, norm = terms.total / _divisor(terms.count), _norm(slopes)
+def _judged(options: StepOptions, state: State, slopes: Adapter, terms: Terms) -> Gradient:
+    """What is to be done with the sums over a window."""
+    divisor = _divisor(terms.count)
+    loss, norm = terms.total / divisor, _norm(slopes) / (state.scale * divisor)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    factor = 1 / (state.scale * divisor)
     if options.max_norm:
-        slopes = jax.tree.map(lambda slope: slope * jnp.minimum(1.0, options.max_norm / jnp.maximum(norm, 1e-30)), slopes)
-    updates, after = optimizer.update(slopes, state.optimizer, state.adapter)
-    updates = updates.replace(b=jax.tree.map(lambda update: options.b_rate * update, updates.b))
-    taken = finite & (terms.count > 0)
-    adapter, after = jax.tree.map(
-        lambda new, old: jnp.where(taken, new, old),
-        (optax.apply_updates(state.adapter, updates), after),
-        (state.adapter, state.optimizer),
-    )
+        factor *= jnp.minimum(1.0, options.max_norm / jnp.maximum(norm, 1e-30))
     scale, good_steps = (
         _next_scale(state.scale, state.good_steps, finite) if options.loss_scaling else (state.scale, state.good_steps)
     )
     metrics = {name: total / _divisor(count) for name, (total, count) in terms.metrics.items()}
-    return State(adapter, after, state.step + 1, scale, good_steps), Report(loss, terms.count, norm, finite, state.scale, metrics)
+    return Gradient(
+        slopes, factor, finite & (terms.count > 0),
+        state.replace(adapter=None, step=state.step + 1, scale=scale, good_steps=good_steps),
+        Report(loss, terms.count, norm, finite, state.scale, metrics),
+    )  # fmt: skip
 
 
 def _norm(tree: Any) -> Array:
@@ -161,6 +212,7 @@ def _next_scale(scale: Array, good_steps: Array, finite: Array) -> tuple[Array, 
 
 def _sum_over_batches(of_batch: Callable[[Batch, Array], Any], window: Window) -> Any:
     """The sum of `of_batch(batch, number)` over the first axis of a window, in float32."""
+    of_batch = jax.jit(of_batch)  # which is traced once then, and used twice
 
     def add(total: Any, item: tuple[Batch, Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, of_batch(*item)), None

@@ -214,9 +214,9 @@ class Trainer:
         length = max(array.shape[2] for array in window.values() if array.ndim > 2)
         if length not in self._compiled:
             self._compiled.add(length)
-            self._say(f"compiling the step for examples of {length} tokens, once (up to a minute)")
+            self._say(f"compiling the step for examples of {length} tokens, once (up to half a minute)")
         rate = self._rate(done)
-        state = state.replace(optimizer=at_rate(state.optimizer, rate))
+        state = state.replace(optimizer={path: at_rate(each, rate) for path, each in state.optimizer.items()})
         state, report = self.step(state, self._weights, self._reference, self._placed(window), self._key)
         report = jax.device_get(report)
         if not report.finite and (self._options.dtype != "float16" or scale <= 1):
