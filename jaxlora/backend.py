@@ -4,7 +4,6 @@ Both give the same answers within rounding, and each gives a row the same bits i
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from flax import struct
 from jax import Array
 
 from jaxlora import kv_cache, lora, native
+from jaxlora.compilation import quick_fusions
 from jaxlora.config import ModelConfig
 from jaxlora.int8 import Int8
 from jaxlora.kv_cache import Rows
