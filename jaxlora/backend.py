@@ -15,7 +15,6 @@ from flax import struct
 from jax import Array
 
 from jaxlora import kv_cache, lora, native
-from jaxlora.compilation import quick_fusions
 from jaxlora.config import ModelConfig
 from jaxlora.int8 import Int8
 from jaxlora.kv_cache import Rows
@@ -30,7 +29,6 @@ class Backend(Elements, Protocol):
 
     packing: Packing
     name: str
-    compiler_options: dict[str, bool]
     dtype: str
     """The type of weights and cache that is fastest here."""
     cut_invariant: bool
@@ -89,10 +87,6 @@ class XlaBackend(PlainElements):
     @property
     def dtype(self) -> str:
         return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-    @property
-    def compiler_options(self) -> dict[str, bool]:
-        return quick_fusions()
 
     def batch_sizes(self, slots: int) -> tuple[int, ...]:
         return (slots,)
@@ -203,7 +197,6 @@ class NativeBackend:
     """`jaxlora.native` on CPUs. Its kernels give a row the same bits whatever the number of rows, so batches may be of any size."""
 
     kernels: native.Kernels
-    compiler_options = {}
     dtype = "bfloat16"
     cut_invariant = True
     draw = staticmethod(native.Kernels.draw)

@@ -16,8 +16,8 @@ def keep_compiled_programs(cache_dir: pathlib.Path) -> None:
 
 @functools.cache
 def quick_fusions() -> dict[str, bool]:
-    """The compiler's options for a program with fusions that XLA takes seconds to compile on CPUs: the emitters of jaxlib 0.7 take one for a
-    gather from the bank, and four for the update of a matrix by Adam. Programs of hundreds of operations take longer with these options."""
+    """The compiler's options for programs with fusions that XLA takes seconds to compile on CPUs: the emitters of jaxlib 0.7 take one for a
+    gather from the bank, and four for an update of a module by Adam. The gradient of a model compiles faster without these options."""
     if jax.default_backend() != "cpu":
         return {}
     options = {"xla_cpu_use_fusion_emitters": False}
