@@ -28,7 +28,7 @@ def make_optimizer(name: str, arguments: Mapping[str, Any], rate: float) -> opta
         SetupError: there is no such optimizer, or it doesn't take these arguments.
     """
     if name not in optimizer_names():
-        raise SetupError(f"--optimizer: {name!r} is no optimizer of optax; there are: {', '.join(optimizer_names())}")
+        raise SetupError(f"--optimizer: {name!r} is no optimizer of optax that can be used here; there are: {', '.join(optimizer_names())}")
     optimizer = getattr(optax, name)
     _call("--optimizer-args", functools.partial(optimizer, rate), arguments)  # with the rate in its state it would be made later
     others = [argument for argument in inspect.signature(optimizer).parameters if argument != "learning_rate"]

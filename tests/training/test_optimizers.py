@@ -30,6 +30,19 @@ def test_every_optimizer_takes_the_steps_that_optax_takes(name):
 
 
 @pytest.mark.parametrize("name", optimizer_names())
+def test_modules_may_be_updated_one_by_one(name):
+    modules = {"one": PARAMS, "other": {"a": 3 * PARAMS["b"], "b": 1 - PARAMS["a"]}}
+    optimizer = make_optimizer(name, {}, RATES[0])
+    together, state = modules, optimizer.init(modules)
+    apart, states = dict(modules), {path: optimizer.init(module) for path, module in modules.items()}
+    for _ in range(2):
+        together, state = _step(optimizer, state, together)
+        for path in apart:
+            apart[path], states[path] = _step(optimizer, states[path], apart[path])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), apart, together)
+
+
+@pytest.mark.parametrize("name", optimizer_names())
 def test_every_rate_has_the_same_program(name):
     programs = set()
     for rate in RATES:
@@ -48,7 +61,8 @@ def _step(optimizer, state, params):
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
-        ("adamv", {}, "--optimizer: 'adamv' is no optimizer of optax; there are: .*adamw"),
+        ("adamv", {}, "--optimizer: 'adamv' is no optimizer of optax that can be used here; there are: .*adamw"),
+        ("noisy_sgd", {}, "--optimizer: 'noisy_sgd' is no optimizer of optax that can be used here"),
         ("adamw", {"beta": 0.9}, "--optimizer-args: .*'beta'"),
         ("adamw", {"learning_rate": 0.1}, "--optimizer-args: .*'learning_rate'"),
         ("sign_sgd", {"momentum": 0.9}, "--optimizer-args: .*'momentum'"),
