@@ -101,7 +101,9 @@ class Step:
             path: self.update(module, state.optimizer[path], slopes[path], found.factor, found.taken)
             for path, module in modules(state.adapter).items()
         }
-        adapter = state.adapter.replace(**{part: {path: after[path][0][part] for path in after} for part in ("a", "b")})
+        adapter = state.adapter.replace(
+            a={path: module["a"] for path, (module, _) in after.items()}, b={path: module["b"] for path, (module, _) in after.items()}
+        )
         return found.state.replace(adapter=adapter, optimizer={path: each for path, (_, each) in after.items()}), found.report
 
 
@@ -150,7 +152,7 @@ def make_step(
         slopes, terms = slopes_of(window, weights, reference, state.adapter, key, state.scale)
         return _judged(options, state, slopes, terms)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=quick_fusions() or None)
+    @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=quick_fusions())
     def update(module: dict[str, Array], state: Any, slopes: dict[str, Array], factor: Array, taken: Array) -> tuple[Any, Any]:
         updates, after = optimizer.update(jax.tree.map(lambda slope: slope * factor, slopes), state, module)
         updates["b"] = options.b_rate * updates["b"]
@@ -177,9 +179,9 @@ def make_evaluation(
 def _judged(options: StepOptions, state: State, slopes: Adapter, terms: Terms) -> Gradient:
     """What is to be done with the sums over a window."""
     divisor = _divisor(terms.count)
-    loss, norm = terms.total / divisor, _norm(slopes) / (state.scale * divisor)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     factor = 1 / (state.scale * divisor)
+    loss, norm = terms.total / divisor, _norm(slopes) * factor
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     if options.max_norm:
         factor *= jnp.minimum(1.0, options.max_norm / jnp.maximum(norm, 1e-30))
     scale, good_steps = (

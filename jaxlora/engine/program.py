@@ -77,9 +77,8 @@ class Program:
         self.state: State | None = None
         # A table, since XLA on CPUs would compute the cosines and sines again for every head of every layer.
         self._rotation = rotation(config.rope, config.head_dim, jnp.arange(sizes.max_seq_len))
-        self._options = quick_fusions()
-        self._step = jax.jit(self._trace, donate_argnames="state", static_argnames=("every_slot", "mixed"), compiler_options=self._options or None)
-        self._check = jax.jit(self._trace_guesses, donate_argnames="state", compiler_options=self._options or None)
+        self._step = jax.jit(self._trace, donate_argnames="state", static_argnames=("every_slot", "mixed"), compiler_options=quick_fusions())
+        self._check = jax.jit(self._trace_guesses, donate_argnames="state", compiler_options=quick_fusions())
         self._steps: dict[tuple[Any, ...], Compiled] = {}
         # Two programs: in one, XLA would copy the whole cache, since what is read lies in what is written.
         self._read = jax.jit(read_positions, static_argnames="length")
@@ -176,7 +175,7 @@ class Program:
         batches |= {f"decode x {rows}": idle_batch(rows, 1, vocab) for rows in self.batch_sizes}
         batches |= {f"guesses x {rows}": idle_batch(rows, 1 + self.sizes.guesses, vocab, guessed=True) for rows in self.guess_sizes}
         bank, state = jax.eval_shape(self._new_bank), jax.eval_shape(self._new_state)
-        kept = Executables(self._kept_in, self._options, self._traced_from())
+        kept = Executables(self._kept_in, quick_fusions(), self._traced_from())
         # Memory is cleared, and XLA compiles or reads what it compiled before, in other threads while Python traces.
         with ThreadPoolExecutor(1) as allocator, ThreadPoolExecutor(os.cpu_count()) as workers:
             allocated = allocator.submit(self.allocate)
