@@ -232,7 +232,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_lines(
         ([{"text": "abc"}], ("--name", "a/b@2"), "names a version"),
         ([{"text": "abc"}], ("--init", "a/none"), "no such adapter"),
         ([{"text": "abc"}], ("--target-modules", "q_prj"), "names no linear layer; there are: down_proj"),
-        ([{"text": "abc"}], ("--optimizer", "adamx"), "no optimizer of optax; there are: "),
+        ([{"text": "abc"}], ("--optimizer", "adamx"), "no optimizer of optax that can be used here; there are: "),
         ([{"text": "abc"}], ("--optimizer-args", '{"b9": 1}'), "--optimizer-args: "),
         ([{"text": "abc"}], ("--schedule", "cosinus"), "is none of cosine, linear, constant"),
         ([{"text": "abc"}], ("--batch-size", 8, "--micro-batch-size", 3), "no multiple of"),
