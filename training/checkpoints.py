@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
@@ -28,7 +29,8 @@ INCOMING = ".incoming-"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What was saved. `state` holds NumPy arrays in the tree that was given to `load`; `facts` is anything that JSON holds."""
+    """What was saved. `state` holds NumPy arrays, and JAX's random keys, in the tree that was given to `load`; `facts` is anything that
+    JSON holds."""
 
     step: int
     state: Any
@@ -50,7 +52,7 @@ class Checkpoints:
         """Writes a checkpoint, then removes the oldest. False, with a warning, where the disk refuses: what was there stays."""
         target = self._folder / str(step)
         incoming = self._folder / f"{INCOMING}{step}-{secrets.token_hex(4)}"
-        tensors = safetensors.numpy.save({name: np.asarray(leaf) for name, leaf in _leaves(jax.device_get(state))})
+        tensors = safetensors.numpy.save({name: np.asarray(leaf) for name, leaf in jax.device_get(_leaves(state)).items()})
         about = {"step": step, "facts": facts}
         about["sha256"] = _digest(tensors, about)
         try:
@@ -99,13 +101,12 @@ class Checkpoints:
         if about.pop("sha256") != _digest(data, about) or about["step"] != step:
             raise ValueError("its content is not what was written")
         tensors = safetensors.numpy.load(data)
-        wanted = _leaves(like)
-        for name, leaf in wanted:
+        for name, leaf in _leaves(like).items():
             if tensors[name].shape != leaf.shape or tensors[name].dtype != leaf.dtype:
                 raise ValueError(
                     f"{name} is {tensors[name].dtype}{list(tensors[name].shape)}, not {leaf.dtype}{list(leaf.shape)}"
                 )
-        state = jax.tree.unflatten(jax.tree.structure(like), [tensors[name] for name, _ in wanted])
+        state = jax.tree_util.tree_map_with_path(lambda path, leaf: _restored(tensors[jax.tree_util.keystr(path)], leaf), like)
         return Checkpoint(step, state, about["facts"])
 
     def _remove_incoming(self) -> None:
@@ -120,5 +121,15 @@ def _digest(tensors: bytes, about: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+def _leaves(tree: Any) -> dict[str, Any]:
+    """By place in the tree, random keys as their data."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
+
+
+def _restored(saved: np.ndarray, like: Any) -> Any:
+    return jax.random.wrap_key_data(saved, impl=jax.random.key_impl(like)) if _is_key(like) else saved
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

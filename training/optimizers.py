@@ -10,8 +10,8 @@ import optax
 
 from jaxlora.errors import SetupError
 
-# Take a learning rate as well, but make a part of an optimizer, or one that has to call the loss or to see all modules at once.
-_NO_OPTIMIZERS = {"scale_by_rprop", "lbfgs", "noisy_sgd"}
+# Take a learning rate as well, but make a part of an optimizer, or one that has to call the loss.
+_NO_OPTIMIZERS = {"scale_by_rprop", "lbfgs"}
 Schedule = Callable[[Any], Any]
 
 

@@ -5,6 +5,7 @@ Knows no data, no files and no particular loss.
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -113,8 +114,8 @@ def modules(adapter: Adapter) -> dict[str, dict[str, Array]]:
 
 
 def new_state(adapter: Adapter, optimizer: optax.GradientTransformation, scale: float = 1.0) -> State:
-    """The state before the first step."""
-    states = {path: optimizer.init(module) for path, module in modules(adapter).items()}
+    """The state before the first step. Random keys in the optimizer's (`noisy_sgd` has one) differ between modules."""
+    states = {path: _with_own_keys(optimizer.init(module), path) for path, module in modules(adapter).items()}
     return State(adapter, states, jnp.int32(0), jnp.float32(scale), jnp.int32(0))
 
 
@@ -174,6 +175,13 @@ def make_evaluation(
 
     terms_of = _over_devices(terms_of, mesh)
     return jax.jit(lambda adapter, weights, reference, window: terms_of(window, weights, reference, adapter))
+
+
+def _with_own_keys(state: Any, path: str) -> Any:
+    def own(leaf: Array) -> Array:
+        return jax.random.fold_in(leaf, zlib.crc32(path.encode())) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+    return jax.tree.map(own, state)
 
 
 def _judged(options: StepOptions, state: State, slopes: Adapter, terms: Terms) -> Gradient:

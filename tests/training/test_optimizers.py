@@ -29,7 +29,8 @@ def test_every_optimizer_takes_the_steps_that_optax_takes(name):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), our_params, their_params)
 
 
-@pytest.mark.parametrize("name", optimizer_names())
+# With noisy_sgd modules have noise of their own, see test_step.py.
+@pytest.mark.parametrize("name", [name for name in optimizer_names() if name != "noisy_sgd"])
 def test_modules_may_be_updated_one_by_one(name):
     modules = {"one": PARAMS, "other": {"a": 3 * PARAMS["b"], "b": 1 - PARAMS["a"]}}
     optimizer = make_optimizer(name, {}, RATES[0])
@@ -62,7 +63,7 @@ def _step(optimizer, state, params):
     ("name", "arguments", "said"),
     [
         ("adamv", {}, "--optimizer: 'adamv' is no optimizer of optax that can be used here; there are: .*adamw"),
-        ("noisy_sgd", {}, "--optimizer: 'noisy_sgd' is no optimizer of optax that can be used here"),
+        ("lbfgs", {}, "--optimizer: 'lbfgs' is no optimizer of optax that can be used here"),
         ("adamw", {"beta": 0.9}, "--optimizer-args: .*'beta'"),
         ("adamw", {"learning_rate": 0.1}, "--optimizer-args: .*'learning_rate'"),
         ("sign_sgd", {"momentum": 0.9}, "--optimizer-args: .*'momentum'"),

@@ -82,10 +82,13 @@ def test_a_run_trains_and_publishes_once(run: Run, tmp_path: pathlib.Path, capsy
     assert versions(tmp_path) == ["1"] and metrics(tmp_path / "run") == log
 
 
+# The state of the second one holds random keys.
+@pytest.mark.parametrize("optimizer", [("adamw",), ("noisy_sgd", "--optimizer-args", "{}")], ids=lambda words: words[0])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
-    run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, optimizer: tuple[str, ...]
 ) -> None:
-    assert run("--max-steps", 7, folder="whole") == 0
+    arguments = ("--max-steps", 7, "--optimizer", *optimizer)
+    assert run(*arguments, folder="whole") == 0
     one_step = trainer.Trainer._one_step
     stops = {3: signal.SIGTERM, 4: signal.SIGINT}
 
@@ -95,9 +98,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
         return one_step(self, done, state)
 
     monkeypatch.setattr(trainer.Trainer, "_one_step", stopped)
-    assert run("--max-steps", 7) == 128 + signal.SIGTERM
-    assert run("--max-steps", 7) == 128 + signal.SIGINT
-    assert run("--max-steps", 7) == 0
+    assert run(*arguments) == 128 + signal.SIGTERM
+    assert run(*arguments) == 128 + signal.SIGINT
+    assert run(*arguments) == 0
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     whole, parts = ([{**entry, "tokens_per_second": 0} for entry in metrics(tmp_path / name)] for name in ("whole", "run"))
     assert parts == whole

@@ -19,6 +19,7 @@ from training.batches import Batches, pack
 from training.lora_init import new_adapter
 from training.losses.sft import sft
 from training.method import Example
+from training.optimizers import make_optimizer
 from training.policy import Noise, Policy
 from training.step import GROW_AFTER, State, StepOptions, make_evaluation, make_step, modules, new_state
 
@@ -214,6 +215,19 @@ def test_lora_plus_moves_b_by_its_ratio(config: ModelConfig, base: Weights, adap
         np.testing.assert_allclose(
             plus.adapter.b[path] - adapter.b[path], 4 * (plain.adapter.b[path] - adapter.b[path]), atol=1e-6
         )
+
+
+def test_every_module_has_noise_of_its_own_in_every_step(config: ModelConfig, base: Weights, adapter: Adapter) -> None:
+    noisy = make_optimizer("noisy_sgd", {}, 1.0)
+    step, state = make_step(config, sft, noisy, StepOptions(max_norm=1e-30)), new_state(jax.tree.map(jnp.copy, adapter), noisy)
+    before, moves = adapter, []
+    for _ in range(2):
+        state, _ = step(state, base, None, window(examples(), 2, 4), KEY)
+        moves += [np.ravel(now - then) for now, then in zip(jax.tree.leaves(state.adapter), jax.tree.leaves(before), strict=True)]
+        before = jax.tree.map(jnp.copy, state.adapter)
+    size = min(move.size for move in moves)
+    together = np.corrcoef([move[:size] for move in moves]) - np.eye(len(moves))
+    assert size >= 64 and np.abs(together).max() < 6 / size**0.5
 
 
 def test_rematerialisation_changes_no_gradient(config: ModelConfig, base: Weights, adapter: Adapter) -> None:
