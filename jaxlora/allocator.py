@@ -30,7 +30,7 @@ def environment(environ: Mapping[str, str], keep: bool = False) -> dict[str, str
 
 def restart() -> None:
     """Starts this process's program again, as the same process, with huge pages and freed memory kept, if it runs without. For the first
-    line of a program that starts no others."""
+    line of a program that starts no others, before its imports: all that came before is done again."""
     wanted = environment(os.environ, keep=True)
     if sys.platform == "linux" and wanted != dict(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)

@@ -20,6 +20,7 @@ from jaxlora.settings import Settings
 from tests.parity import checkpoints
 from tests.parity.serving import answers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.mark.parametrize("k, n", [(1, 1), (63, 5), (64, 32), (65, 33), (200, 7)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -4,6 +4,11 @@ Makes a small task, sentences to JSON frames, fine-tunes on it for a few minutes
 to a sentence that was not in the data.
 """
 
+from jaxlora import allocator
+
+if __name__ == "__main__":
+    allocator.restart()  # first, as what follows takes seconds
+
 import itertools
 import json
 import pathlib
@@ -11,7 +16,6 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from client import Client, ServerUnreachable
-from jaxlora import allocator
 from jaxlora.errors import ServingError
 from jaxlora.files import replace
 from training import sft
@@ -97,5 +101,4 @@ def _show(url: str) -> None:
 
 
 if __name__ == "__main__":
-    allocator.restart()
     sys.exit(main())

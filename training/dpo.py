@@ -4,6 +4,11 @@ Learns from pairs of a better and a worse answer (DPO, IPO, hinge, ORPO), or fro
 `training.pairs`. The reference is the adapter that the run starts from, `--init`, or the base model for a new one.
 """
 
+from jaxlora import allocator
+
+if __name__ == "__main__":
+    allocator.restart()  # first, as what follows takes seconds
+
 import dataclasses
 import functools
 import sys
@@ -12,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlora import allocator
 from jaxlora.lora import Adapter
 from training import pairs
 from training.batches import Batches
@@ -142,5 +146,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    allocator.restart()
     sys.exit(main())

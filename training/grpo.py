@@ -6,6 +6,11 @@ process, judges them by the reward functions, see `training.rewards`, and `--upd
 `eval_reward`, and minus that as `eval_loss`.
 """
 
+from jaxlora import allocator
+
+if __name__ == "__main__":
+    allocator.restart()  # first, as what follows takes seconds
+
 import contextlib
 import dataclasses
 import functools
@@ -14,7 +19,6 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from jaxlora import allocator
 from training.answers import engine_dtype, open_sampler
 from training.data import Encoder
 from training.groups import Groups, HeldOutRewards, Judge, Plan, Prompt, length_buckets
@@ -159,5 +163,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    allocator.restart()
     sys.exit(main())

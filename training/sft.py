@@ -3,11 +3,15 @@
 Data: see `training.data`. Learns completions, or the assistant's turns.
 """
 
+from jaxlora import allocator
+
+if __name__ == "__main__":
+    allocator.restart()  # first, as what follows takes seconds
+
 import dataclasses
 import sys
 from collections.abc import Sequence
 
-from jaxlora import allocator
 from training.losses.sft import sft
 from training.method import Method
 from training.options import Options, option
@@ -36,5 +40,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    allocator.restart()
     sys.exit(main())

@@ -17,6 +17,11 @@ emulation.where_asked()
 ISAS = ("amxbf16", "avx512fp16", "avx512bf16", "avx512", "avx2")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly(quick_compilation: None) -> None:
+    """XLA compiles what the kernels are compared with; they themselves are compiled as ever."""
+
+
 @pytest.fixture(scope="session")
 def build_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """With the libraries of all sets that this machine has: at once, since each compiles on one core."""

@@ -24,6 +24,7 @@ from training.rollouts import Answer, Sampled, Sampler, Sampling, seeds
 from training.scores import Scorer
 from training.trainer import TrainingStopped
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 EOS = 257
 NATIVE = Settings.read().cache_dir / "native"  # built once on a machine
 PROMPTS = [[10, 20, 30], [40], [50, 60, 70, 80, 90, 100, 110]]
