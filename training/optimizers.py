@@ -20,9 +20,10 @@ def optimizer_names() -> list[str]:
     return sorted(name for name, found in vars(optax).items() if _is_optimizer(name, found))
 
 
-def make_optimizer(name: str, arguments: Mapping[str, Any], rate: float) -> optax.GradientTransformation:
+def make_optimizer(name: str, arguments: Mapping[str, Any], rate: float, seed: int = 0) -> optax.GradientTransformation:
     """`optax.<name>(rate, **arguments)`, whose state holds the learning rate, for `at_rate` to change: what has been compiled serves every
-    rate and schedule.
+    rate and schedule. An optimizer that is random draws from `seed`, unless the arguments have a `key`; no weight decay may be asked of one
+    that has none.
 
     Raises:
         SetupError: there is no such optimizer, or it doesn't take these arguments.
@@ -30,8 +31,13 @@ def make_optimizer(name: str, arguments: Mapping[str, Any], rate: float) -> opta
     if name not in optimizer_names():
         raise SetupError(f"--optimizer: {name!r} is no optimizer of optax that can be used here; there are: {', '.join(optimizer_names())}")
     optimizer = getattr(optax, name)
+    takes = inspect.signature(optimizer).parameters
+    if "key" in takes:
+        arguments = {"key": seed, **arguments}
+    if "weight_decay" not in takes and arguments.get("weight_decay") == 0:
+        arguments = {argument: value for argument, value in arguments.items() if argument != "weight_decay"}
     _call("--optimizer-args", functools.partial(optimizer, rate), arguments)  # with the rate in its state it would be made later
-    others = [argument for argument in inspect.signature(optimizer).parameters if argument != "learning_rate"]
+    others = [argument for argument in takes if argument != "learning_rate"]
     return optax.inject_hyperparams(optimizer, static_args=others)(rate, **arguments)
 
 

@@ -109,7 +109,7 @@ class Trainer:
             options.schedule, options.schedule_args,
             peak=options.lr, warmup_steps=round(options.warmup * self.total_steps), total_steps=self.total_steps,
         )  # fmt: skip
-        self._optimizer = make_optimizer(options.optimizer, options.optimizer_args, self._rate(0))
+        self._optimizer = make_optimizer(options.optimizer, options.optimizer_args, self._rate(0), options.seed)
         self._mesh = _mesh(options.micro_batch)
         step_options = StepOptions(
             options.max_grad_norm,

@@ -20,13 +20,22 @@ NO_SCHEDULE = ("optimistic_adam", "rprop", "sm3")  # optax gives these one rate
 def test_every_optimizer_takes_the_steps_that_optax_takes(name):
     rates = RATES[:1] * 3 if name in NO_SCHEDULE else RATES
     ours = make_optimizer(name, {}, rates[0])
-    theirs = getattr(optax, name)(rates[0] if name in NO_SCHEDULE else lambda count: jnp.array(rates)[count])
+    random = {"key": 0} if name == "noisy_sgd" else {}
+    theirs = getattr(optax, name)(rates[0] if name in NO_SCHEDULE else lambda count: jnp.array(rates)[count], **random)
     our_params, our_state = PARAMS, ours.init(PARAMS)
     their_params, their_state = PARAMS, theirs.init(PARAMS)
     for rate in rates:
         our_params, our_state = _step(ours, at_rate(our_state, rate), our_params)
         their_params, their_state = _step(theirs, their_state, their_params)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), our_params, their_params)
+
+
+def test_what_is_random_follows_the_seed_unless_a_key_is_given():
+    def moved(seed, **arguments):
+        optimizer = make_optimizer("noisy_sgd", arguments, 0.1, seed)
+        return _step(optimizer, optimizer.init(PARAMS), PARAMS)[0]["a"].tolist()
+
+    assert moved(1) == moved(1) == moved(2, key=1) != moved(2)
 
 
 # With noisy_sgd modules have noise of their own, see test_step.py.
@@ -41,6 +50,11 @@ def test_modules_may_be_updated_one_by_one(name):
         for path in apart:
             apart[path], states[path] = _step(optimizer, states[path], apart[path])
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), apart, together)
+
+
+@pytest.mark.parametrize("name", optimizer_names())
+def test_every_optimizer_can_do_without_weight_decay(name):
+    make_optimizer(name, {"weight_decay": 0.0}, 0.1).init(PARAMS)
 
 
 @pytest.mark.parametrize("name", optimizer_names())
@@ -67,6 +81,7 @@ def _step(optimizer, state, params):
         ("adamw", {"beta": 0.9}, "--optimizer-args: .*'beta'"),
         ("adamw", {"learning_rate": 0.1}, "--optimizer-args: .*'learning_rate'"),
         ("sign_sgd", {"momentum": 0.9}, "--optimizer-args: .*'momentum'"),
+        ("sgd", {"weight_decay": 0.1}, "--optimizer-args: .*'weight_decay'"),
     ],
 )
 def test_what_optax_does_not_take_is_refused(name, arguments, said):
