@@ -22,6 +22,7 @@ from tests.parity.serving import answers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+
 @pytest.mark.parametrize("k, n", [(1, 1), (63, 5), (64, 32), (65, 33), (200, 7)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_are_rounded_to_the_nearest_of_their_group(k: int, n: int, dtype: str) -> None:
