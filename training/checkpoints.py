@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
 from jaxlora.files import sync_folder, write_synced
+from training.keys import is_key
 
 TENSORS, FACTS = "state.safetensors", "state.json"
 INCOMING = ".incoming-"
@@ -124,12 +124,8 @@ def _digest(tensors: bytes, about: Mapping[str, Any]) -> str:
 def _leaves(tree: Any) -> dict[str, Any]:
     """By place in the tree, random keys as their data."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
+    return {jax.tree_util.keystr(path): jax.random.key_data(leaf) if is_key(leaf) else leaf for path, leaf in leaves}
 
 
 def _restored(saved: np.ndarray, like: Any) -> Any:
-    return jax.random.wrap_key_data(saved, impl=jax.random.key_impl(like)) if _is_key(like) else saved
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.wrap_key_data(saved, impl=jax.random.key_impl(like)) if is_key(like) else saved

@@ -1,7 +1,6 @@
 """A new adapter, as PEFT would start it, or one that exists, to go on from."""
 
 import math
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterInvalid, SetupError
 from jaxlora.lora import Adapter
 from jaxlora.peft import AdapterConfig, LoraAdapter, LoraPair
+from training import keys
 
 
 def new_adapter(config: ModelConfig, raw: Mapping[str, Any], seed: int) -> Adapter:
@@ -42,7 +42,7 @@ def new_adapter(config: ModelConfig, raw: Mapping[str, Any], seed: int) -> Adapt
     for path, at in chosen.items():
         bound = 1 / math.sqrt(at.in_features)
         shape = (lora.rank(path), at.in_features)
-        a[path] = jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path.encode())), shape, jnp.float32, -bound, bound)
+        a[path] = jax.random.uniform(keys.of_module(key, path), shape, jnp.float32, -bound, bound)
         b[path] = jnp.zeros((at.out_features, lora.rank(path)), jnp.float32)
     return Adapter(a, b, tuple((path, lora.scale(path)) for path in sorted(chosen)))
 

@@ -5,7 +5,6 @@ Only the adapter gets gradients. Logits never lie in memory for more than a bloc
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from jaxlora.config import OUTPUT_LAYER, ModelConfig
 from jaxlora.lora import Adapter
 from jaxlora.model import PlainLinears, SeparateLinears, hidden_states, project
 from jaxlora.weights import Weights
+from training.keys import number_of
 from training.machine import Machine, XlaMachine
 
 BLOCK = 256  # tokens whose logits are computed at the same time
@@ -96,8 +96,7 @@ class AdaptedLinears(SeparateLinears):
 
     def own(self, layer: int | None) -> LearningPart:
         config = self.policy.config
-        # crc32 and not hash(), which differs from process to process.
-        numbers = {name: np.uint32(zlib.crc32(config.module_path(layer, name).encode())) for name in config.names(layer)}
+        numbers = {name: number_of(config.module_path(layer, name)) for name in config.names(layer)}
         return LearningPart(self.adapter.of_layer(config, layer), numbers)
 
     def one(self, dense: Any, own: LearningPart, name: str, x: Array) -> Array:

@@ -5,7 +5,6 @@ Knows no data, no files and no particular loss.
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from jaxlora.compilation import quick_fusions
 from jaxlora.config import ModelConfig
 from jaxlora.lora import Adapter
 from jaxlora.weights import Weights
+from training import keys
 from training.losses import Batch, LogProbs, Loss, Terms
 from training.machine import Machine, XlaMachine
 from training.method import Window
@@ -178,10 +178,7 @@ def make_evaluation(
 
 
 def _with_own_keys(state: Any, path: str) -> Any:
-    def own(leaf: Array) -> Array:
-        return jax.random.fold_in(leaf, zlib.crc32(path.encode())) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-
-    return jax.tree.map(own, state)
+    return jax.tree.map(lambda leaf: keys.of_module(leaf, path) if keys.is_key(leaf) else leaf, state)
 
 
 def _judged(options: StepOptions, state: State, slopes: Adapter, terms: Terms) -> Gradient:
