@@ -349,6 +349,37 @@ def test_an_adapter_in_use_is_not_evicted(engine, program, readers):
     assert first.tokens == list(range(2, 32))
 
 
+def test_adapters_that_nobody_waits_for_any_more_keep_no_other_away(engine, readers):
+    for key in "abcd":
+        answer = submit(engine, adapter=key)
+        until(lambda: key in readers.futures)
+        answer.handle.cancel()
+        assert isinstance(answer.wait().error, Cancelled)
+    readers.arrive("a", "b", "d")
+    readers("c").set_exception(OSError("gone"))
+    readers.arrive("e")
+    assert submit(engine, (1,), adapter="e", max_tokens=1).wait().tokens == [2]
+    assert submit(engine, (1,), adapter="a", max_tokens=1).wait().tokens == [2]
+
+
+def test_an_adapter_that_is_asked_for_again_on_its_way_is_placed(program, readers):
+    waited = []
+    engine = Engine(program, readers, placed=waited.append)
+    try:
+        first = submit(engine, adapter="a")
+        until(lambda: "a" in readers.futures)
+        first.handle.cancel()
+        first.wait()
+        begun = time.monotonic()
+        again = submit(engine, (1,), adapter="a", max_tokens=1)
+        until(lambda: engine.load()["waiting"] == 1)
+        readers.arrive("a")
+        assert again.wait().tokens == [2] and len(readers.futures) == 1
+        assert len(waited) == 1 and waited[0] <= time.monotonic() - begun
+    finally:
+        engine.stop()
+
+
 def test_an_adapter_that_cannot_be_read_fails_its_request_alone(engine, readers):
     readers("bad").set_exception(OSError("gone"))
     other = submit(engine, (5,), max_tokens=30)

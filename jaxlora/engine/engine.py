@@ -296,8 +296,12 @@ class Engine:
 
     def _leave(self, sequence: Sequence, intact: bool = True) -> None:
         sequence.ended = True
+        adapter = sequence.request.adapter
         with self._wakeup:
             self._queue.end(sequence)
+            wanted = any(other.request.adapter == adapter for other in self._queue)
+        if not wanted:
+            self._residency.give_up(adapter)
         if sequence.slot >= 0:
             self._slots[sequence.slot] = None
             if intact:
@@ -306,8 +310,8 @@ class Engine:
                 self._prefixes.forget(sequence.slot)
             # Without it, those who wait would sleep on if all running rows end in the same step.
             self._woken = True
-            if sequence.request.adapter is not None:
-                self._residency.release(sequence.request.adapter)
+            if adapter is not None:
+                self._residency.release(adapter)
 
     def _timeout(self, sequence: Sequence, now: float) -> RequestTimeout:
         waits, own, waited = sequence.slot < 0, sequence.request.timeout_s, now - sequence.submitted

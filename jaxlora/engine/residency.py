@@ -1,5 +1,6 @@
 """Adapters on their way to the device: read and packed in the background, placed between two steps, held by reference count."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,12 +23,20 @@ class HostAdapter(Protocol):
     rank: int
 
 
+@dataclasses.dataclass
+class _Load:
+    """An adapter on its way, and since when somebody has been waiting for it; None: nobody does any more."""
+
+    packed: "Future[tuple[np.ndarray, int]]"
+    since: float | None
+
+
 class Residency:
     """Which adapters are on the device. Used by the engine's thread alone; reading and packing happen in other threads.
 
     `put_adapter` places one, as `Program.put_adapter`; `read` gives the future of an adapter in host memory; `wake` is called, from any
     thread, when an adapter is ready to be placed. `placed` is told of each one that is on the device, how many seconds after it was first
-    asked for.
+    waited for.
     """
 
     def __init__(
@@ -40,9 +49,8 @@ class Residency:
     ):
         self._pack, self._put_adapter = program.pack, put_adapter
         self._read, self._wake, self._placed = read, wake, placed
-        self._asked: dict[Hashable, float] = {}
         self._slots = DeviceSlots(program.sizes.lora_slots)
-        self._pending: dict[Hashable, Future[tuple[np.ndarray, int]]] = {}
+        self._loads: dict[Hashable, _Load] = {}
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="adapter-packer")
         self.placed = 0
 
@@ -56,22 +64,21 @@ class Residency:
         """
         if self._slots.is_loaded(key):
             return self._slots.acquire(key).slot
-        future = self._pending.get(key)
-        if future is None:
-            if len(self._pending) < MAX_PENDING:
-                self._asked[key] = time.monotonic()
-                self._pending[key] = self._start(key)
+        self._loads = {each: load for each, load in self._loads.items() if load.since is not None or not load.packed.done()}
+        load = self._loads.get(key)
+        if load is None:
+            if len(self._loads) < MAX_PENDING:
+                self._loads[key] = _Load(self._start(key), time.monotonic())
             return None
-        if not future.done():
+        load.since = load.since or time.monotonic()
+        if not load.packed.done():
             return None
-        if future.exception() is not None:
-            del self._asked[key]
-            raise _failure(self._pending.pop(key).exception())
+        if load.packed.exception() is not None:
+            raise _failure(self._loads.pop(key).packed.exception())
         acquired = self._slots.acquire(key)
         if acquired is None:
             return None
-        vector, rank = self._pending.pop(key).result()
-        asked = self._asked.pop(key)
+        vector, rank = self._loads.pop(key).packed.result()
         try:
             self._put_adapter(acquired.slot, vector, rank)
         except Exception:
@@ -79,8 +86,14 @@ class Residency:
             raise
         self._slots.set_loaded(key)
         self.placed += 1
-        self._placed(time.monotonic() - asked)
+        self._placed(time.monotonic() - load.since)
         return acquired.slot
+
+    def give_up(self, key: Hashable) -> None:
+        """Nobody waits for the adapter any more. If it is on its way, it makes room for others once it has come, unless somebody asks for it
+        before."""
+        if key in self._loads:
+            self._loads[key].since = None
 
     def release(self, key: Hashable) -> None:
         """Gives a reference back; the adapter stays until its slot is needed."""
