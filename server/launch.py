@@ -263,7 +263,8 @@ class TritonServer:
         with self.log_path.open("ab", buffering=0) as log:
             fcntl.flock(log, fcntl.LOCK_SH)  # see _new_log
             for line in self._started().stdout:
-                log.write(line)
+                with contextlib.suppress(OSError):  # a full disk: a server whose output nobody reads would come to a halt
+                    log.write(line)
                 self._on_line(line.decode(errors="replace").rstrip("\n"))
 
     def _obituary(self) -> str:

@@ -65,6 +65,14 @@ def test_a_stopped_server_leaves_no_process_and_no_shared_memory(tmp_path):
     server.stop()  # a second time is nothing
 
 
+def test_a_log_that_can_not_be_written_to_holds_nothing_up(tmp_path):
+    more_than_a_pipe_holds = "for _ in range(100): print('x' * 10_000, flush=True)"
+    write_model(tmp_path, "one", more_than_a_pipe_holds)
+    (tmp_path / "triton.log").symlink_to("/dev/full")
+    with serving(tmp_path, models=("one",), start_timeout_s=60) as server:
+        assert server.is_ready()
+
+
 def test_a_killed_server_leaves_no_process_and_no_shared_memory(tmp_path):
     write_model(tmp_path, "one")
     with serving(tmp_path, models=("one",)) as server:
