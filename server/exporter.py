@@ -14,16 +14,25 @@ from jaxlora.service.metrics import COUNTER, HISTOGRAM, INFO, METRICS, Distribut
 
 INTERVAL_S = 0.25
 PAUSE_S = 0.002
+ROUND_S = 0.5
 
 
 class Exporter:
-    """Brings Triton's metrics up to the values that `sync` is given. Counters must not fall."""
+    """Brings Triton's metrics up to the values that `sync` is given. Counters must not fall.
 
-    def __init__(self, pause_s: float = PAUSE_S):
-        self._pause_s = pause_s
+    Arguments:
+        pause_s: seconds after each of Triton's calls.
+        round_s: seconds after which `sync` leaves what else histograms lack to the next call. Triton takes their values one by one, so
+            they may fall behind where hundreds of requests end in a second; counters and gauges then don't.
+    """
+
+    def __init__(self, pause_s: float = PAUSE_S, round_s: float = ROUND_S):
+        self._pause_s, self._round_s = pause_s, round_s
         self._families: dict[str, Any] = {}
         self._series: dict[tuple[str, Labels], Any] = {}
-        self._shown: dict[tuple[str, Labels], float | Distribution] = {}
+        self._shown: dict[tuple[str, Labels], float] = {}
+        self._replayed: dict[tuple[str, Labels], Distribution] = {}
+        self._first = 0  # the histogram with which the next round begins
 
     def sync(self, values: Values) -> None:
         """Shows all that has changed since the last call."""
@@ -34,9 +43,7 @@ class Exporter:
                 if metric.kind == INFO and (name, labels) not in self._series:
                     self._take_back(name)
                 self._show(metric, labels, value)
-        for name, series in distributions.items():
-            for labels, found in series.items():
-                self._replay(METRICS[name], labels, found)
+        self._catch_up([(METRICS[name], labels, found) for name, series in distributions.items() for labels, found in series.items()])
 
     def _show(self, metric: Metric, labels: Labels, value: float) -> None:
         key = (metric.name, labels)
@@ -50,18 +57,28 @@ class Exporter:
         self._pause()
         self._shown[key] = value
 
-    def _replay(self, metric: Metric, labels: Labels, found: Distribution) -> None:
-        """Observes what is new in each bucket as so many times its mean: counts are exact, and sums within rounding."""
-        key = (metric.name, labels)
-        before = self._shown.get(key) or Distribution([0] * len(found.counts), [0.0] * len(found.sums))
+    def _catch_up(self, histograms: list[tuple[Metric, Labels, Distribution]]) -> None:
+        until, first = time.monotonic() + self._round_s, self._first
+        for number in range(first, first + len(histograms)):
+            if not self._replay(*histograms[number % len(histograms)], until):
+                self._first = (number + 1) % len(histograms)
+                return
+
+    def _replay(self, metric: Metric, labels: Labels, found: Distribution, until: float) -> bool:
+        """Observes what is new in each bucket as so many times its mean: counts are exact, and sums within rounding. False if there was
+        not enough time."""
+        shown = self._replayed.setdefault((metric.name, labels), Distribution([0] * len(found.counts), [0.0] * len(found.sums)))
         for bucket, count in enumerate(found.counts):
-            new = count - before.counts[bucket]
-            if new:
-                value = (found.sums[bucket] - before.sums[bucket]) / new
-                for _ in range(new):
-                    self._at(metric, labels).observe(_inside(metric.buckets, bucket, value))
-                    self._pause()
-        self._shown[key] = found
+            new = count - shown.counts[bucket]
+            value = (found.sums[bucket] - shown.sums[bucket]) / max(new, 1)
+            for _ in range(new):
+                self._at(metric, labels).observe(_inside(metric.buckets, bucket, value))
+                self._pause()
+                shown.counts[bucket] += 1
+                shown.sums[bucket] += value
+                if time.monotonic() >= until:
+                    return False
+        return True
 
     def _at(self, metric: Metric, labels: Labels) -> Any:
         key = (metric.name, labels)
@@ -80,7 +97,8 @@ class Exporter:
 
     def _take_back(self, name: str) -> None:
         for key in [key for key in self._series if key[0] == name]:
-            del self._series[key], self._shown[key]
+            del self._series[key]
+            self._shown.pop(key, None)
             self._pause()
         self._families.pop(name, None)
         self._pause()

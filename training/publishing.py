@@ -17,7 +17,7 @@ from client.publishing import Publisher
 from jaxlora import peft
 from jaxlora.adapters import AdapterName, publish
 from jaxlora.adapters.store import version_path
-from jaxlora.errors import AdapterInvalid, AdapterNotFound
+from jaxlora.errors import AdapterNotFound
 from jaxlora.files import sync_folder
 from server import access
 from server.access import grpc_headers
@@ -98,6 +98,3 @@ def _verify(client: Client, version: AdapterName, say: Callable[[str], None]) ->
 def _sha256(path: pathlib.Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-__all__ = ["AdapterInvalid", "find_published", "publish_and_verify", "write_adapter"]

@@ -26,7 +26,7 @@ from server.repository import PROJECT
 
 CHUNK = 256
 STEPS, MARGIN = 24, 8  # of training; tokens that a chunk may grow by where it is cut out of the text, and its end
-TEXTS = ("README.md", "CONTRIBUTING.md", "training/README.md", "bench/README.md")
+TEXTS = ("README.md", "CONTRIBUTING.md", "jaxlora/native/README.md", "training/README.md", "bench/README.md")
 
 
 def measure(context: Context) -> dict[str, Any]:
