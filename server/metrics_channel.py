@@ -84,7 +84,8 @@ class Collector:
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listening.bind(at or address())
         self._listening.listen()
-        threading.Thread(target=self._accept, name="metrics-senders", daemon=True).start()
+        self._accepting = threading.Thread(target=self._accept, name="metrics-senders", daemon=True)
+        self._accepting.start()
 
     def merged(self) -> Values:
         """All counts together, and the gauges of the senders that live."""
@@ -96,7 +97,9 @@ class Collector:
             return merged.read()
 
     def close(self) -> None:
-        """Takes no more senders."""
+        """Takes no more senders, and gives the address back."""
+        self._listening.shutdown(socket.SHUT_RDWR)  # closing alone would not wake the thread
+        self._accepting.join()
         self._listening.close()
 
     def _accept(self) -> None:

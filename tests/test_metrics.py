@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import types
+import uuid
 import weakref
 
 import pytest
@@ -232,6 +233,15 @@ class TestChannel:
         assert sum(found.counts) == 3 and sum(found.sums) == 1.5
         sender.close()
         collector.close()
+
+    def test_a_closed_collector_leaves_its_address_to_another(self):
+        address = f"\0jaxlora-test-{uuid.uuid4().hex}"
+        collector, registry = Collector(address), Registry()
+        registry.add("lora_engine_steps_total")
+        Sender(registry, to=address).close()
+        self.eventually(collector, lambda values: values[0]["lora_engine_steps_total"] == {(): 1})  # so it waits for the next one
+        collector.close()
+        Collector(address).close()
 
     def test_what_is_no_snapshot_ends_only_its_sender(self, at):
         collector = Collector(at)
