@@ -43,7 +43,7 @@ def check(settings: Settings, progress: Callable[[str], None] = print) -> pathli
     available, where = device_memory()
     if settings.dtype == "auto" and where == GPU:
         settings = dataclasses.replace(settings, dtype="bfloat16")
-    problems = memory_problems(memory_estimate(settings, config), available, where)
+    problems = memory_problems(memory_estimate(settings, config), available, where, settings.dtype == "auto")
     if problems:
         raise SetupError("\n".join(problems))
     return folder
@@ -79,8 +79,12 @@ def cache_problems(cache_dir: pathlib.Path) -> list[str]:
     return [] if os.access(cache_dir, os.W_OK | os.X_OK) else [f"CACHE_DIR: {cache_dir} can't be written"]
 
 
-def memory_problems(estimate: dict[str, int], available: int | None, where: str) -> list[str]:
-    """A line if the parts of `estimate` (bytes by what they are for) do not fit into `available` bytes; None is unknown."""
+def memory_problems(estimate: dict[str, int], available: int | None, where: str, counted_as_float32: bool = False) -> list[str]:
+    """A line if the parts of `estimate` (bytes by what they are for) do not fit into `available` bytes; None is unknown.
+
+    Arguments:
+        counted_as_float32: the type is not known yet, and may turn out to be half as large.
+    """
     needed = sum(estimate.values())
     if available is None or needed <= available:
         return []
@@ -88,6 +92,7 @@ def memory_problems(estimate: dict[str, int], available: int | None, where: str)
     return [
         f"MAX_SLOTS, MAX_SEQ_LEN, LORA_SLOTS, MAX_LORA_RANK: {needed / GIB:.2f} GiB are needed ({parts}), "
         f"and {where} has {available / GIB:.2f} GiB free; make one of them smaller"
+        + (", or set DTYPE=bfloat16 (DTYPE=auto is counted as float32)" if counted_as_float32 else "")
     ]
 
 

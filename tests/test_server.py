@@ -57,7 +57,9 @@ class TestPreflight:
         assert preflight.memory_problems(estimate, None, "this machine") == []
         (problem,) = preflight.memory_problems(estimate, 7 << 30, "this machine")
         assert "8.00 GiB are needed (KV cache 5.00 GiB, weights 3.00 GiB), and this machine has 7.00 GiB free" in problem
-        assert "MAX_SLOTS" in problem
+        assert "MAX_SLOTS" in problem and "DTYPE" not in problem
+        (problem,) = preflight.memory_problems(estimate, 7 << 30, "this machine", counted_as_float32=True)
+        assert problem.endswith("or set DTYPE=bfloat16 (DTYPE=auto is counted as float32)")
 
     def test_the_memory_of_this_machine_is_known(self):
         free, where = preflight.device_memory()
