@@ -20,4 +20,5 @@ def of_module(key: Array, path: str) -> Array:
 
 
 def is_key(leaf: Any) -> bool:
+    """Whether an array of a tree holds random keys."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -5,7 +5,6 @@ Only the adapter gets gradients. Logits never lie in memory for more than a bloc
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax

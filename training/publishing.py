@@ -20,7 +20,6 @@ from jaxlora.adapters.store import version_path
 from jaxlora.errors import AdapterNotFound
 from jaxlora.files import sync_folder
 from server import access
-from server.access import grpc_headers
 from training import stored
 
 RUN = "run"  # the key of the provenance file that carries the run's mark

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import json
 import os
-import pathlib
 import subprocess
 from typing import Any
 

@@ -35,7 +35,7 @@ class Engine:
     Arguments:
         program: warmed up; the engine's thread is the only one that uses it from now on.
         read_adapter: the future of an adapter in host memory for a request's adapter key.
-        placed: told of every adapter that came onto the device, how many seconds after it was first asked for.
+        placed: told of every adapter that came onto the device, how many seconds after it was first waited for.
         health: told of faults and delays; refuses requests where its breakers are open.
         relieve: gives host memory back that can be done without; called where memory runs out.
         stopped: told why, after the engine's thread ended by itself and whoever waited has been told.
@@ -299,8 +299,8 @@ class Engine:
         adapter = sequence.request.adapter
         with self._wakeup:
             self._queue.end(sequence)
-            wanted = any(other.request.adapter == adapter for other in self._queue)
-        if not wanted:
+            alone = sequence.slot < 0 and all(other.request.adapter != adapter for other in self._queue)
+        if alone:
             self._residency.give_up(adapter)
         if sequence.slot >= 0:
             self._slots[sequence.slot] = None

@@ -4,9 +4,8 @@ import functools
 import importlib.util
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import jax
 import pytest
 
 from jaxlora import backend
