@@ -32,24 +32,30 @@ class Exporter:
         self._series: dict[tuple[str, Labels], Any] = {}
         self._shown: dict[tuple[str, Labels], float] = {}
         self._replayed: dict[tuple[str, Labels], Distribution] = {}
-        self._first = 0  # the histogram with which the next round begins
+        # What is still to be shown, the first of it first.
+        self._due: dict[tuple[str, Labels], float] = {}
+        self._behind: dict[tuple[str, Labels], Distribution] = {}
 
-    def sync(self, values: Values) -> None:
-        """Shows all that has changed since the last call."""
-        plain, distributions = values
+    def sync(self, news: Values) -> None:
+        """Shows what is new, and goes on with what the calls before have left, also one that raised."""
+        plain, distributions = news
         for name, series in plain.items():
-            metric = METRICS[name]
-            for labels, value in series.items():
-                if metric.kind == INFO and (name, labels) not in self._series:
-                    self._take_back(name)
-                self._show(metric, labels, value)
-        self._catch_up([(METRICS[name], labels, found) for name, series in distributions.items() for labels, found in series.items()])
+            if METRICS[name].kind == INFO and series:
+                self._due = {key: value for key, value in self._due.items() if key[0] != name}
+            self._due |= {(name, labels): value for labels, value in series.items()}
+        self._behind |= {(name, labels): found for name, series in distributions.items() for labels, found in series.items()}
+        for (name, labels), value in list(self._due.items()):
+            self._show(METRICS[name], labels, value)
+            del self._due[name, labels]
+        self._catch_up()
 
     def _show(self, metric: Metric, labels: Labels, value: float) -> None:
         key = (metric.name, labels)
         before = self._shown.get(key)
         if value == before:
             return
+        if metric.kind == INFO and key not in self._series:
+            self._take_back(metric.name)
         if metric.kind == COUNTER:
             self._at(metric, labels).increment(value - (before or 0))
         else:
@@ -57,11 +63,14 @@ class Exporter:
         self._pause()
         self._shown[key] = value
 
-    def _catch_up(self, histograms: list[tuple[Metric, Labels, Distribution]]) -> None:
-        until, first = time.monotonic() + self._round_s, self._first
-        for number in range(first, first + len(histograms)):
-            if not self._replay(*histograms[number % len(histograms)], until):
-                self._first = (number + 1) % len(histograms)
+    def _catch_up(self) -> None:
+        until = time.monotonic() + self._round_s
+        for name, labels in list(self._behind):
+            found = self._behind[name, labels]
+            in_time = self._replay(METRICS[name], labels, found, until)
+            del self._behind[name, labels]
+            if not in_time:
+                self._behind[name, labels] = found  # behind the others
                 return
 
     def _replay(self, metric: Metric, labels: Labels, found: Distribution, until: float) -> bool:
@@ -118,10 +127,10 @@ def _inside(buckets: tuple[float, ...], bucket: int, value: float) -> float:
 
 
 class ExporterThread:
-    """Syncs some times a second what `read` gives."""
+    """Shows some times a second what `changes` gives."""
 
-    def __init__(self, read: Callable[[], Values]):
-        self._read = read
+    def __init__(self, changes: Callable[[], Values]):
+        self._changes = changes
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
@@ -135,7 +144,7 @@ class ExporterThread:
         exporter = Exporter()
         while not self._closing.wait(INTERVAL_S):
             try:
-                exporter.sync(self._read())
+                exporter.sync(self._changes())
             except Exception as error:  # the next round may do better
                 print(f"metrics could not be shown: {type(error).__name__}: {error}", flush=True)
         exporter.close()

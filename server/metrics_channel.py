@@ -1,4 +1,4 @@
-"""From the processes that count to the one that shows: whole snapshots of a registry, over a local socket.
+"""From the processes that count to the one that shows: a registry, and from then on what changes in it, over a local socket.
 
 Each sender is a child of the same `tritonserver`, whose process id names the socket (Linux's abstract namespace: nothing is left on disk).
 A sender that ends leaves its counts behind. Knows no Triton.
@@ -12,10 +12,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from jaxlora.service.metrics import COUNTER, METRICS, Distribution, Registry, Values
+from jaxlora.service.metrics import COUNTER, INFO, METRICS, Distribution, Labels, Registry, Values, pick
 
 INTERVAL_S = 0.25
-MAX_SNAPSHOT_BYTES = 1 << 26
+MAX_MESSAGE_BYTES = 1 << 26
 _SIZE = struct.Struct("!I")
 
 
@@ -34,7 +34,6 @@ class Sender:
     def __init__(self, registry: Registry, record: Callable[[], None] = lambda: None, to: str | None = None):
         self._registry, self._record, self._to = registry, record, to or address()
         self._socket: socket.socket | None = None
-        self._sent = b""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
@@ -52,34 +51,43 @@ class Sender:
             closing = self._closing.wait(INTERVAL_S)
             try:
                 self._record()
-                self._send(to_json(self._registry.read()))
+                self._send()
             except Exception as error:  # metrics must never end the service; the next round may do better
                 print(f"metrics could not be sent: {type(error).__name__}: {error}", flush=True)
 
-    def _send(self, snapshot: bytes) -> None:
-        if snapshot == self._sent:
-            return
+    def _send(self) -> None:
         try:
+            news = self._registry.changes()
             if self._socket is None:
-                connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                connection.settimeout(5)
-                connection.connect(self._to)
-                self._socket = connection
-            self._socket.sendall(_SIZE.pack(len(snapshot)) + snapshot)
-            self._sent = snapshot
+                self._socket = self._connect()
+                news = self._registry.read()
+            if any(news):
+                message = to_json(news)
+                self._socket.sendall(_SIZE.pack(len(message)) + message)
         except OSError:  # the collector is not there yet, or was started anew
             if self._socket is not None:
                 self._socket.close()
-            self._socket, self._sent = None, b""
+            self._socket = None
+
+    def _connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(5)
+            connection.connect(self._to)
+        except OSError:
+            connection.close()
+            raise
+        return connection
 
 
 class Collector:
-    """Takes in the snapshots of every sender."""
+    """Takes in what every sender tells."""
 
     def __init__(self, at: str | None = None):
         self._lock = threading.Lock()
         self._living: dict[int, Values] = {}
-        self._ended = Registry()
+        self._ended: Values = ({}, {})
+        self._changed: set[tuple[str, Labels]] = set()
         self._count = 0
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listening.bind(at or address())
@@ -87,14 +95,14 @@ class Collector:
         self._accepting = threading.Thread(target=self._accept, name="metrics-senders", daemon=True)
         self._accepting.start()
 
-    def merged(self) -> Values:
-        """All counts together, and the gauges of the senders that live."""
+    def changes(self) -> Values:
+        """What any sender has told since the last call: all counts together, and the gauges of the senders that live."""
         with self._lock:
-            merged = Registry()
-            merged.merge(self._ended.read())
-            for values in self._living.values():
-                merged.merge(values)
-            return merged.read()
+            changed, self._changed = self._changed, set()
+            merged: Values = ({}, {})
+            for values in (self._ended, *self._living.values()):
+                add(merged, pick(values, changed))
+            return pick(merged, changed)
 
     def close(self) -> None:
         """Takes no more senders, and gives the address back."""
@@ -117,24 +125,54 @@ class Collector:
             threading.Thread(target=self._receive, args=(connection, self._count), daemon=True).start()
 
     def _receive(self, connection: socket.socket, number: int) -> None:
+        told: Values = ({}, {})
+        with self._lock:
+            self._living[number] = told
         with connection, connection.makefile("rb") as stream:
             try:
                 while (head := stream.read(_SIZE.size)) and len(head) == _SIZE.size:
                     size = _SIZE.unpack(head)[0]
-                    data = stream.read(size) if size <= MAX_SNAPSHOT_BYTES else b""
-                    values = from_json(data)
+                    news = from_json(stream.read(size) if size <= MAX_MESSAGE_BYTES else b"")
                     with self._lock:
-                        self._living[number] = values
+                        replace(told, news)
+                        self._changed.update((name, labels) for part in news for name, series in part.items() for labels in series)
             except (OSError, ValueError, KeyError, TypeError):
                 pass  # what was read before it stands
         with self._lock:
-            values, distributions = self._living.pop(number, ({}, {}))
-            counters = {name: series for name, series in values.items() if METRICS[name].kind == COUNTER}
-            self._ended.merge((counters, distributions))
+            values, distributions = self._living.pop(number)
+            add(self._ended, ({name: series for name, series in values.items() if METRICS[name].kind == COUNTER}, distributions))
+
+
+def replace(values: Values, news: Values) -> None:
+    """Puts newer values in the place of those that have the same labels; an info has one series."""
+    for here, newer in zip(values, news, strict=True):
+        for name, series in newer.items():
+            if METRICS[name].kind == INFO:
+                here[name] = series
+            else:
+                here.setdefault(name, {}).update(series)
+
+
+def add(values: Values, more: Values) -> None:
+    """Adds counts, and values of histograms, to those that are there; takes over gauges and infos."""
+    for name, series in more[0].items():
+        here = values[0].setdefault(name, {})
+        if METRICS[name].kind == INFO:
+            here.clear()
+        for labels, value in series.items():
+            here[labels] = value + here.get(labels, 0) if METRICS[name].kind == COUNTER else value
+    for name, found in more[1].items():
+        here = values[1].setdefault(name, {})
+        for labels, new in found.items():
+            old = here.get(labels) or Distribution([0] * len(new.counts), [0.0] * len(new.sums))
+            here[labels] = Distribution(
+                [one + other for one, other in zip(old.counts, new.counts, strict=True)],
+                [one + other for one, other in zip(old.sums, new.sums, strict=True)],
+            )
 
 
 def to_json(values: Values) -> bytes:
-    """A snapshot as it is sent."""
+    """Values as they are sent."""
     plain, distributions = values
     content: dict[str, Any] = {
         "values": {name: [[list(labels), value] for labels, value in series.items()] for name, series in plain.items() if series},
@@ -148,7 +186,7 @@ def to_json(values: Values) -> bytes:
 
 
 def from_json(data: bytes) -> Values:
-    """Raises ValueError, KeyError or TypeError for what is no snapshot."""
+    """Raises ValueError, KeyError or TypeError for what can't be read so."""
     content = json.loads(data)
     return (
         {name: {tuple(labels): value for labels, value in series} for name, series in content["values"].items() if name in METRICS},

@@ -1,6 +1,7 @@
 """What is counted of requests, what is written to the request log, and how a registry gets into Triton's metrics. Starts no server."""
 
 import collections
+import itertools
 import json
 import pathlib
 import re
@@ -71,6 +72,22 @@ class TestRegistry:
         _, before = registry.read()
         registry.observe("lora_queue_time_seconds", *SQL_LABELS, value=0.5)
         assert sum(before["lora_queue_time_seconds"][SQL_LABELS].counts) == 1
+
+    def test_changes_are_told_once(self):
+        registry = Registry()
+        registry.add("lora_engine_steps_total", amount=0)
+        registry.set("lora_slots", value=4)
+        registry.observe("lora_queue_time_seconds", *SQL_LABELS, value=0.5)
+        assert registry.changes()[0] == {"lora_engine_steps_total": {(): 0}, "lora_slots": {(): 4}}
+        registry.add("lora_engine_steps_total", amount=0)
+        registry.set("lora_slots", value=4)
+        assert registry.changes() == ({}, {}) and registry.read()[0]["lora_slots"] == {(): 4}
+        registry.observe("lora_queue_time_seconds", *SQL_LABELS, value=0.5)
+        ((labels, found),) = registry.changes()[1]["lora_queue_time_seconds"].items()
+        assert labels == SQL_LABELS and sum(found.counts) == 2
+        registry.only("lora_requests_info", "8", "a/b", "", value=1)
+        registry.only("lora_requests_info", "8", "", "a/b", value=2)
+        assert registry.changes() == ({"lora_requests_info": {("8", "", "a/b"): 2}}, {})
 
     def test_an_info_has_one_series(self):
         registry = Registry()
@@ -165,6 +182,31 @@ class TestExporter:
         for each in (name, other):
             assert sum(Family.living[each].series[SQL_LABELS].values) == pytest.approx(sum(values))
 
+    def test_only_what_is_new_has_to_be_told(self):
+        registry, exporter = Registry(), Exporter(pause_s=0)
+        registry.add("lora_engine_steps_total", amount=2)
+        registry.set("lora_slots", value=4)
+        exporter.sync(registry.changes())
+        registry.add("lora_engine_steps_total")
+        exporter.sync(registry.changes())
+        exporter.sync(registry.changes())
+        steps, slots = (Family.living[name].series[()] for name in ("lora_engine_steps_total", "lora_slots"))
+        assert (steps.value, steps.calls, slots.value, slots.calls) == (3, 2, 4, 1)
+
+    def test_what_could_not_be_shown_is_shown_later(self, monkeypatch):
+        registry, exporter = Registry(), Exporter(pause_s=0)
+        registry.add("lora_engine_steps_total", amount=2)
+        registry.set("lora_slots", value=4)
+        registry.observe("lora_queue_time_seconds", *SQL_LABELS, value=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Family, "Metric", None)
+            with pytest.raises(TypeError):
+                exporter.sync(registry.changes())
+        registry.add("lora_engine_steps_total")
+        exporter.sync(registry.changes())
+        assert [Family.living[name].series[()].value for name in ("lora_engine_steps_total", "lora_slots")] == [3, 4]
+        assert Family.living["lora_queue_time_seconds"].series[SQL_LABELS].values == [1]
+
     def test_an_info_leaves_no_series_behind(self):
         registry = Registry()
         exporter = Exporter(pause_s=0)
@@ -189,11 +231,14 @@ class TestChannel:
     def at(self, tmp_path):
         return str(tmp_path / "socket")
 
-    def eventually(self, collector, condition):
+    @staticmethod
+    def next(collector, condition):
+        """The first changes that meet a condition."""
         deadline = time.monotonic() + 10
-        while not condition(collector.merged()):
-            assert time.monotonic() < deadline, collector.merged()
+        while not condition(changes := collector.changes()):
+            assert time.monotonic() < deadline, changes
             time.sleep(0.02)
+        return changes
 
     def test_values_survive_the_way(self):
         registry = Registry()
@@ -205,33 +250,73 @@ class TestChannel:
             {name: series for name, series in part.items() if series} for part in (values, distributions)
         )
 
-    def test_a_sender_may_come_before_its_collector(self, at):
+    def test_a_sender_may_come_before_its_collector_and_tells_what_changes(self, at):
         registry = Registry()
         registry.add("lora_engine_steps_total", amount=7)
+        registry.set("lora_slots", value=4)
         sender = Sender(registry, to=at)
         time.sleep(0.4)
         collector = Collector(at)
-        self.eventually(collector, lambda values: values[0]["lora_engine_steps_total"] == {(): 7})
+        assert self.next(collector, any) == ({"lora_engine_steps_total": {(): 7}, "lora_slots": {(): 4}}, {})
         registry.add("lora_engine_steps_total", amount=1)
-        self.eventually(collector, lambda values: values[0]["lora_engine_steps_total"] == {(): 8})
+        registry.set("lora_slots", value=4)
+        assert self.next(collector, any) == ({"lora_engine_steps_total": {(): 8}}, {})
+        registry.observe("lora_queue_time_seconds", *SQL_LABELS, value=0.5)
+        _, distributions = self.next(collector, any)
+        assert [(name, list(series)) for name, series in distributions.items()] == [("lora_queue_time_seconds", [SQL_LABELS])]
+        sender.close()
+        collector.close()
+
+    def test_what_was_lost_on_the_way_is_told_to_the_next_collector(self, tmp_path):
+        address = f"\0jaxlora-test-{uuid.uuid4().hex}"
+        registry, first = Registry(), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        first.bind(address)
+        first.listen()
+        registry.add("lora_engine_steps_total")
+        registry.add("lora_publishes_total", "accepted")
+        sender = Sender(registry, to=address)
+        connection, _ = first.accept()
+        first.close()
+        connection.close()  # whatever it had been sent is gone
+        collector = Collector(address)
+        values, _ = self.next(collector, lambda changes: registry.add("lora_engine_steps_total") or any(changes))
+        assert values["lora_engine_steps_total"][()] > 1 and values["lora_publishes_total"] == {("accepted",): 1}
         sender.close()
         collector.close()
 
     def test_counts_add_up_and_outlive_their_senders_and_gauges_do_not(self, at):
         collector = Collector(at)
+        living = Registry()
+        living.add("lora_publishes_total", "accepted", amount=1)
+        sender = Sender(living, to=at)
+        self.next(collector, lambda changes: "lora_publishes_total" in changes[0])
         for _ in range(3):  # one after another, as instances of a model that is loaded again
             registry = Registry()
             registry.add("lora_publishes_total", "accepted", amount=2)
             registry.observe("lora_queue_time_seconds", *SQL_LABELS, value=0.5)
             registry.set("lora_slots", value=4)
             Sender(registry, to=at).close()
-        living = Registry()
-        living.add("lora_publishes_total", "accepted", amount=1)
-        sender = Sender(living, to=at)
-        self.eventually(collector, lambda values: values[0]["lora_publishes_total"] == {("accepted",): 7} and not values[0]["lora_slots"])
-        found = collector.merged()[1]["lora_queue_time_seconds"][SQL_LABELS]
+        values, distributions = self.next(collector, lambda changes: changes[0].get("lora_publishes_total") == {("accepted",): 7})
+        found = distributions["lora_queue_time_seconds"][SQL_LABELS]
         assert sum(found.counts) == 3 and sum(found.sums) == 1.5
+        own = itertools.count(10)
+
+        def shows_its_own(changes):  # once the last of them has ended
+            living.set("lora_slots", value=next(own))
+            return changes[0].get("lora_slots", {}).get((), 0) >= 10
+
+        self.next(collector, shows_its_own)
         sender.close()
+        collector.close()
+
+    def test_values_come_in_the_order_of_the_table(self, at):
+        collector, registry = Collector(at), Registry()
+        for name in ("lora_process_resident_memory_bytes", "lora_slots", "lora_process_peak_memory_bytes"):
+            registry.set(name, value=1)
+        registry.add("lora_engine_steps_total")
+        Sender(registry, to=at).close()
+        values, _ = self.next(collector, any)
+        assert list(values) == sorted(values, key=list(METRICS).index), "a scrape in between shows no more memory than the most of it"
         collector.close()
 
     def test_a_closed_collector_leaves_its_address_to_another(self):
@@ -239,11 +324,11 @@ class TestChannel:
         collector, registry = Collector(address), Registry()
         registry.add("lora_engine_steps_total")
         Sender(registry, to=address).close()
-        self.eventually(collector, lambda values: values[0]["lora_engine_steps_total"] == {(): 1})  # so it waits for the next one
+        self.next(collector, any)  # so it waits for the next one
         collector.close()
         Collector(address).close()
 
-    def test_what_is_no_snapshot_ends_only_its_sender(self, at):
+    def test_what_is_no_message_ends_only_its_sender(self, at):
         collector = Collector(at)
         for rubbish in (b"\xff" * 100, b"\x00\x00\x00\x02{}", b"\x00\x00\x00\x05null ", b"\x00"):
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -252,7 +337,7 @@ class TestChannel:
         registry = Registry()
         registry.add("lora_engine_steps_total")
         Sender(registry, to=at).close()
-        self.eventually(collector, lambda values: values[0]["lora_engine_steps_total"] == {(): 1})
+        assert self.next(collector, any) == ({"lora_engine_steps_total": {(): 1}}, {})
         collector.close()
 
 

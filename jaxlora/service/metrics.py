@@ -7,7 +7,7 @@ server that shows them: whoever does reads the registry. Imports no JAX. `python
 import bisect
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 COUNTER, GAUGE, HISTOGRAM, INFO = "counter", "gauge", "histogram", "info"
 
@@ -104,6 +104,7 @@ _TABLE = (
     ),
 )  # fmt: skip
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
+_PLACES = {name: place for place, name in enumerate(METRICS)}
 
 
 @dataclasses.dataclass
@@ -122,30 +123,30 @@ Values = tuple[dict[str, dict[Labels, float]], dict[str, dict[Labels, Distributi
 
 
 class Registry:
-    """The values of all metrics, by labels. Any thread may call it; no call but `read` takes longer than a few microseconds.
+    """The values of all metrics, by labels. Any thread may call it; no call but `read` and `changes` takes longer than a few microseconds.
     A series begins with its first value."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._values: dict[str, dict[Labels, float]] = {metric.name: {} for metric in _TABLE if metric.kind != HISTOGRAM}
         self._distributions: dict[str, dict[Labels, Distribution]] = {metric.name: {} for metric in _TABLE if metric.kind == HISTOGRAM}
+        self._changed: set[tuple[str, Labels]] = set()
 
     def add(self, name: str, *labels: str, amount: float = 1) -> None:
         """Counts up."""
         with self._lock:
-            series = self._series(name, labels)
-            series[labels] = series.get(labels, 0) + amount
+            self._put(name, labels, self._values[name].get(labels, 0) + amount)
 
     def set(self, name: str, *labels: str, value: float) -> None:
         """A gauge's value, or the total of a counter that is counted elsewhere."""
         with self._lock:
-            self._series(name, labels)[labels] = value
+            self._put(name, labels, value)
 
     def only(self, name: str, *labels: str, value: float) -> None:
         """The one series of an info."""
         with self._lock:
-            self._series(name, labels).clear()
-            self._values[name][labels] = value
+            self._put(name, labels, value)
+            self._values[name] = {labels: value}
 
     def observe(self, name: str, *labels: str, value: float) -> None:
         """One more value of a histogram."""
@@ -160,38 +161,42 @@ class Registry:
                 found = series[labels] = Distribution([0] * size, [0.0] * size)
             found.counts[bucket] += 1
             found.sums[bucket] += value
-
-    def merge(self, values: Values) -> None:
-        """Adds counts and values of histograms to those that are here; takes over gauges."""
-        plain, distributions = values
-        with self._lock:
-            for name, series in plain.items():
-                here = self._values[name]
-                if METRICS[name].kind == INFO and series:
-                    here.clear()
-                for labels, value in series.items():
-                    here[labels] = value + here.get(labels, 0) if METRICS[name].kind == COUNTER else value
-            for name, found in distributions.items():
-                for labels, new in found.items():
-                    old = self._distributions[name].get(labels) or Distribution([0] * len(new.counts), [0.0] * len(new.sums))
-                    self._distributions[name][labels] = Distribution(
-                        [one + other for one, other in zip(old.counts, new.counts, strict=True)],
-                        [one + other for one, other in zip(old.sums, new.sums, strict=True)],
-                    )
+            self._changed.add((name, labels))
 
     def read(self) -> Values:
         """A copy of all values."""
         with self._lock:
-            return (
-                {name: dict(series) for name, series in self._values.items()},
-                {name: {labels: found.copy() for labels, found in series.items()} for name, series in self._distributions.items()},
-            )
+            return {name: dict(series) for name, series in self._values.items()}, _copied(self._distributions)
 
-    def _series(self, name: str, labels: Labels) -> dict[Labels, float]:
+    def changes(self) -> Values:
+        """A copy of the values that have changed since the last call."""
+        with self._lock:
+            values, distributions = pick((self._values, self._distributions), self._changed)
+            self._changed.clear()
+            return values, _copied(distributions)
+
+    def _put(self, name: str, labels: Labels, value: float) -> None:
         series = self._values[name]
         if labels not in series:
             _check(METRICS[name], labels)
-        return series
+        elif series[labels] == value:
+            return
+        series[labels] = value
+        self._changed.add((name, labels))
+
+
+def pick(values: Values, keys: Iterable[tuple[str, Labels]]) -> Values:
+    """Those of the values that have these names and labels, in the order of the table."""
+    picked: Values = ({}, {})
+    for name, labels in sorted(keys, key=lambda key: _PLACES[key[0]]):
+        for part, found in zip(values, picked, strict=True):
+            if labels in part.get(name, {}):
+                found.setdefault(name, {})[labels] = part[name][labels]
+    return picked
+
+
+def _copied(distributions: Mapping[str, Mapping[Labels, Distribution]]) -> dict[str, dict[Labels, Distribution]]:
+    return {name: {labels: found.copy() for labels, found in series.items()} for name, series in distributions.items()}
 
 
 def _check(metric: Metric, labels: Labels) -> None:

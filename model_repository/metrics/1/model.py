@@ -11,7 +11,7 @@ from server.metrics_channel import Collector
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         self._collector = Collector()
-        self._exporter = ExporterThread(self._collector.merged)
+        self._exporter = ExporterThread(self._collector.changes)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         error = InvalidRequest({"nothing": "this model takes no requests; what it shows is in /metrics"})
