@@ -1,4 +1,5 @@
-"""The last response of a request: it excludes the question whether the client went away, and leaves nothing in Triton's shared memory."""
+"""Responses on their way out: the last one excludes the question whether the client went away, and leaves nothing in Triton's shared memory;
+one that can't be sent holds back no other."""
 
 import importlib.util
 import sys
@@ -9,7 +10,7 @@ import weakref
 import pytest
 
 from jaxlora.errors import EngineError
-from jaxlora.service.answers import Ending
+from jaxlora.service.answers import Ending, Piece
 from server.repository import PROJECT
 
 
@@ -57,13 +58,13 @@ def test_the_last_response_waits_for_the_question_and_none_comes_after_it(replie
         reply.failed(EngineError("no more"))
     else:
         reply._rows[0].end(Ending("", "length", 1, 1, "", 0, {}))
-    flushing = threading.Thread(target=reply.flush)
-    flushing.start()
-    flushing.join(0.2)
+    sending = threading.Thread(target=reply.take())
+    sending.start()
+    sending.join(0.2)
     assert sender.events == ["asked"]
     sender.answer.set()
     asking.join(10)
-    flushing.join(10)
+    sending.join(10)
     assert sender.events == ["asked", "answered", "last"]
     assert not reply.cancelled() and sender.events[-1] == "last"
 
@@ -84,8 +85,32 @@ def test_what_lies_in_shared_memory_goes_with_the_last_response(replies, ends):
         reply.failed(EngineError("no more"))
     else:
         reply._rows[0].end(Ending("", "length", 1, 1, "", 0, {}))
-    reply.flush()
-    assert alive() is None and reply.closed and not reply.cancelled()
+    if ends != "refused":
+        reply.take()()
+    assert reply.take() is None and alive() is None and reply.closed and not reply.cancelled()
+
+
+def test_a_response_that_cannot_be_sent_holds_back_no_other(replies):
+    senders = [ResponseSender() for _ in range(3)]
+    handles = [types.SimpleNamespace(cancelled=0) for _ in senders]
+    for handle in handles:
+        handle.cancel = lambda handle=handle: setattr(handle, "cancelled", handle.cancelled + 1)
+
+    def fail(response, flags=0):
+        raise RuntimeError("the client is gone")
+
+    senders[1].send = fail
+    queue = replies.Sender(1e9)
+    streams = [replies.Replies(sender, queue, 1, True) for sender in senders]
+    for stream, handle in zip(streams, handles):
+        stream.start([lambda row, handle=handle: handle])
+    for stream in streams:
+        stream._rows[0].piece(Piece("a", ()))
+    for stream in streams:
+        stream._rows[0].end(Ending("b", "length", 1, 2, "", 0, {}))
+    queue.close()
+    assert [sender.events[-1:] for sender in senders] == [["last"], [], ["last"]]
+    assert [bool(handle.cancelled) for handle in handles] == [False, True, False] and all(stream.closed for stream in streams)
 
 
 def test_a_closed_sender_keeps_no_tensor(replies):

@@ -22,7 +22,6 @@ from server import backend
 from server.pacing import Pace
 
 WATCH_INTERVAL_S = 0.2
-_NOTHING: Any = object()  # in the place of what did not come in time
 
 
 class Row:
@@ -117,29 +116,29 @@ class Replies:
         with self._lock:
             return self._ready or self._error is not None
 
-    def flush(self) -> None:
-        """Sends what has gathered. Called by the sender's thread."""
+    def take(self) -> Callable[[], None] | None:
+        """What has gathered, as a call that sends it. Called by the sender's thread."""
         with self._lock:
             if self.closed:
-                return
+                return None
             self._queued = False
             error = self._error
             last = self.closed = error is not None or self._ready
             if not (self._stream or last):  # an answer in one piece is not complete yet
-                return
+                return None
             pieces, response_sender = [row.take() for row in self._rows], self._response_sender
         if not last:
-            if pieces[0]:
-                response_sender.send(partial_response(pieces[0]))
-            return
+            return functools.partial(response_sender.send, partial_response(pieces[0])) if pieces[0] else None
+        return functools.partial(self._send_last, error or final_response(pieces, [row.ending for row in self._rows]))
+
+    def _send_last(self, last: Any) -> None:
         with self._asking:
             # It holds shared memory, and crashes the process if it outlives that when the model ends.
-            self._response_sender = None
-            if error is not None:
-                backend.send_error(response_sender, error)
+            response_sender, self._response_sender = self._response_sender, None
+            if isinstance(last, ServingError):
+                backend.send_error(response_sender, last)
             else:
-                response = final_response(pieces, [row.ending for row in self._rows])
-                response_sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                response_sender.send(last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def partial_response(pieces: list[Piece]) -> Any:
@@ -206,28 +205,40 @@ class Sender:
         _unfinished.cache_clear()
 
     def _run(self) -> None:
-        while True:
-            try:
-                replies = self._queue.get(timeout=self._pace.wait(time.monotonic()))
-            except queue.Empty:
-                replies = _NOTHING
-            if replies is None:
-                return
+        closing = False
+        while not closing:
+            queued = self._wait()
+            closing = None in queued
             now = time.monotonic()
             due = self._pace.take(now)
-            if replies is not _NOTHING and (replies.complete() or self._pace.due(replies, now)):
-                due.append(replies)
-            for each in due:
-                self._flush(each)
+            due += [replies for replies in queued if replies is not None and (replies.complete() or self._pace.due(replies, now))]
+            self._send(due)
 
-    def _flush(self, replies: Replies) -> None:
+    def _wait(self) -> list[Replies | None]:
+        """What has been queued, or nothing, where it is a waiting stream's turn."""
+        queued = []
         try:
-            replies.flush()
+            queued.append(self._queue.get(timeout=self._pace.wait(time.monotonic())))
+            while True:
+                queued.append(self._queue.get_nowait())
+        except queue.Empty:
+            return queued
+
+    def _send(self, due: list[Replies]) -> None:
+        # Made one behind the other, responses cost half as much: while one is sent, generation takes the caches.
+        for replies, send in [(replies, self._try(replies, replies.take)) for replies in due]:
+            if send is not None:
+                self._try(replies, send)
+            if replies.closed:
+                self._pace.ended(replies)
+
+    @staticmethod
+    def _try(replies: Replies, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
         except Exception as error:  # a client that is gone must not end the answers of the others
             print(f"jax_lora: a response could not be sent: {error}", flush=True)
             replies.cancel()
-        if replies.closed:
-            self._pace.ended(replies)
 
 
 class Watcher:
