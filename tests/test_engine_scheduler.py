@@ -318,6 +318,21 @@ def test_a_request_that_waits_for_its_adapter_does_not_hold_the_others(engine, r
     assert slow.wait().tokens == [2, 3]
 
 
+def test_an_adapter_is_on_its_way_before_the_step_under_way_ends_if_a_slot_is_free_for_it(engine, program, readers):
+    program.hold_after = 1
+    answers = [submit(engine, (5,), max_tokens=30)]
+    until(lambda: program.steps)
+    time.sleep(0.05)  # it is in the next one now
+    answers.append(submit(engine, (1,), adapter="a", max_tokens=1))
+    assert list(readers.futures) == ["a"]
+    answers += [submit(engine, (1,), max_tokens=30) for _ in range(2)]
+    late = submit(engine, (1,), adapter="b", max_tokens=1)
+    assert list(readers.futures) == ["a"]
+    readers.arrive("a", "b")
+    program.gate.set()
+    assert all(answer.wait().error is None for answer in [*answers, late])
+
+
 def test_rows_run_with_the_bank_slot_of_their_adapter(engine, program, readers):
     readers.arrive("a", "b")
     for key in "ab":

@@ -6,13 +6,14 @@ A scenario is a function from a `Context` to `{"title", "columns", "rows", "note
 from collections.abc import Callable
 from typing import Any
 
-from bench.scenarios import cost, fairness, lookup, prefix, publishing, quality, starts, training, wire, zipf
+from bench.scenarios import cost, fairness, lookup, prefix, publishing, quality, starts, tiers, training, wire, zipf
 from bench.scenarios.context import Context, Skipped
 
 SCENARIOS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "wire": wire.measure,
     "cost": cost.measure,
     "zipf": zipf.measure,
+    "tiers": tiers.measure,
     "fairness": fairness.measure,
     "publish": publishing.measure,
     "starts": starts.measure,

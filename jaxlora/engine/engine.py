@@ -77,6 +77,8 @@ class Engine:
             self._closing.check()
             self.health.check(request.adapter)
             self._queue.add(sequence)
+            if request.adapter is not None and len(self._queue) <= self._slots.count(None):
+                self._residency.expect(request.adapter)
             self._woken = True
             self._wakeup.notify()
         return Handle(sequence.cancelled, self._wake)
@@ -299,9 +301,8 @@ class Engine:
         adapter = sequence.request.adapter
         with self._wakeup:
             self._queue.end(sequence)
-            alone = sequence.slot < 0 and all(other.request.adapter != adapter for other in self._queue)
-        if alone:
-            self._residency.give_up(adapter)
+            if sequence.slot < 0 and all(other.request.adapter != adapter for other in self._queue):
+                self._residency.give_up(adapter)
         if sequence.slot >= 0:
             self._slots[sequence.slot] = None
             if intact:

@@ -1,6 +1,7 @@
 """Adapters on their way to the device: read and packed in the background, placed between two steps, held by reference count."""
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +33,7 @@ class _Load:
 
 
 class Residency:
-    """Which adapters are on the device. Used by the engine's thread alone; reading and packing happen in other threads.
+    """Which adapters are on the device. Used by the engine's thread, but for `expect`; reading and packing happen in other threads.
 
     `put_adapter` places one, as `Program.put_adapter`; `read` gives the future of an adapter in host memory; `wake` is called, from any
     thread, when an adapter is ready to be placed. `placed` is told of each one that is on the device, how many seconds after it was first
@@ -50,9 +51,16 @@ class Residency:
         self._pack, self._put_adapter = program.pack, put_adapter
         self._read, self._wake, self._placed = read, wake, placed
         self._slots = DeviceSlots(program.sizes.lora_slots)
+        self._lock = threading.Lock()
         self._loads: dict[Hashable, _Load] = {}
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="adapter-packer")
         self.placed = 0
+
+    def expect(self, key: Hashable) -> None:
+        """Somebody is going to wait for the adapter: it may as well be on its way already. Any thread may call this."""
+        if not self._slots.is_loaded(key):
+            with self._lock:
+                self._wanted(key)
 
     def try_acquire(self, key: Hashable) -> int | None:
         """The bank slot of an adapter, held until `release`; None while it is on its way or every slot is in use.
@@ -64,23 +72,19 @@ class Residency:
         """
         if self._slots.is_loaded(key):
             return self._slots.acquire(key).slot
-        self._loads = {each: load for each, load in self._loads.items() if load.since is not None or not load.packed.done()}
-        load = self._loads.get(key)
-        if load is None:
-            if len(self._loads) < MAX_PENDING:
-                self._loads[key] = _Load(self._start(key), time.monotonic())
-            return None
-        load.since = load.since or time.monotonic()
-        if not load.packed.done():
-            return None
-        if load.packed.exception() is not None:
-            raise _failure(self._loads.pop(key).packed.exception())
-        acquired = self._slots.acquire(key)
-        if acquired is None:
-            return None
-        vector, rank = self._loads.pop(key).packed.result()
+        with self._lock:
+            load = self._wanted(key)
+            if load is None or not load.packed.done():
+                return None
+            if load.packed.exception() is not None:
+                del self._loads[key]
+                raise _failure(load.packed.exception())
+            acquired = self._slots.acquire(key)
+            if acquired is None:
+                return None
+            del self._loads[key]
         try:
-            self._put_adapter(acquired.slot, vector, rank)
+            self._put_adapter(acquired.slot, *load.packed.result())
         except Exception:
             self._slots.release(key)
             raise
@@ -92,8 +96,9 @@ class Residency:
     def give_up(self, key: Hashable) -> None:
         """Nobody waits for the adapter any more. If it is on its way, it makes room for others once it has come, unless somebody asks for it
         before."""
-        if key in self._loads:
-            self._loads[key].since = None
+        with self._lock:
+            if key in self._loads:
+                self._loads[key].since = None
 
     def release(self, key: Hashable) -> None:
         """Gives a reference back; the adapter stays until its slot is needed."""
@@ -106,6 +111,17 @@ class Residency:
     def close(self) -> None:
         """Waits for the packing thread to end."""
         self._packer.shutdown(wait=True, cancel_futures=True)
+
+    def _wanted(self, key: Hashable) -> _Load | None:
+        """The adapter on its way, for which somebody waits now. None: too many others are."""
+        self._loads = {each: load for each, load in self._loads.items() if load.since is not None or not load.packed.done()}
+        now = time.monotonic()
+        load = self._loads.get(key)
+        if load is not None:
+            load.since = load.since or now
+        elif len(self._loads) < MAX_PENDING:
+            load = self._loads[key] = _Load(self._start(key), now)
+        return load
 
     def _start(self, key: Hashable) -> "Future[tuple[np.ndarray, int]]":
         packed: Future[tuple[np.ndarray, int]] = Future()
