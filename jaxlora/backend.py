@@ -144,6 +144,8 @@ class NativeLinears:
     bank: Bank
     row_slots: Array
     rows: Rows
+    live: tuple[Array, Array]
+    """`Rows.live` of them."""
 
     def own(self, layer: int | None) -> np.int32:
         return self.layout.start(layer)
@@ -157,13 +159,14 @@ class NativeLinears:
                 around["norm"] = scale, eps
             case Gated((x,)):
                 around["gated"] = True
+        one_each = x.shape[:2] == (len(self.row_slots), 1)
+        around["live"] = self.live[0 if one_each else 1]
         spans = [self.layout.by_name.get(name) for name in names]
         if None not in spans:  # the bank need not have adapters of the output layer
             ends = np.cumsum([span.out_features for span in spans]).tolist()
             modules = tuple(
                 native.LoraModule(span.a_offset, span.b_offset, end - span.out_features, span.out_features) for span, end in zip(spans, ends)
             )
-            one_each = x.shape[:2] == (len(self.row_slots), 1)
             slots = self.row_slots if one_each else self.rows.of_tokens(self.row_slots, x.shape[0] * x.shape[1])
             around["adapters"] = native.LoraRows(self.bank.data, own, slots, self.bank.ranks, modules, self.layout.max_rank)
         return (dense["+".join(names)](x, **around),)
@@ -236,7 +239,7 @@ class NativeBackend:
         return Bank(native.Kernels.place(bank.data, piece, slot, first), bank.ranks.at[slot].set(ranks))
 
     def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array, rows: Rows) -> Linears:
-        return NativeLinears(layout, bank, row_slots, rows)
+        return NativeLinears(layout, bank, row_slots, rows, rows.live())
 
     def embed(self, table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
         return native.Kernels.embed(table, tokens)

@@ -50,6 +50,12 @@ class Rows:
         """int32 `[B, length]`."""
         return self.starts[:, None] + jnp.arange(length, dtype=jnp.int32)
 
+    def live(self) -> tuple[Array, Array]:
+        """int32 scalars: how many rows, and how many tokens, there are up to the last one that is real."""
+        real = self.lengths > 0
+        last = jnp.max(jnp.where(real, jnp.arange(1, len(real) + 1, dtype=jnp.int32), 0))
+        return last, jnp.max(jnp.where(real, self.offsets + self.lengths, 0))
+
     def of_tokens(self, values: Array, count: int) -> Array:
         """int32 `[count]` for all tokens: the value, of int32 `[B]` above -1, that their sequence has; -1 for what belongs to none."""
         tokens, first = jnp.arange(count, dtype=jnp.int32), self.offsets[:, None]

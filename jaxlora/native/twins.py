@@ -23,6 +23,7 @@ def twin_linear(
     gated: bool = False,
     onto: Array | None = None,
     adapters: LoraRows | None = None,
+    live: Array | None = None,
 ) -> Array:
     """As `Kernels.linear`, of weights [k, n] that are not packed; x is never rounded."""
     if isinstance(w, Int8):
@@ -31,7 +32,11 @@ def twin_linear(
     x = twin_rms_norm(x, *norm) if norm else twin_swiglu(x) if gated else x
     y = jnp.matmul(x, w.astype(jnp.float32), precision="highest")
     y = y if onto is None else onto + y
-    return _with_updates(y, x, adapters) if adapters else y
+    y = _with_updates(y, x, adapters) if adapters else y
+    if live is None:
+        return y
+    rows = jnp.arange(y.size // y.shape[-1]).reshape(*y.shape[:-1], 1)
+    return jnp.where(rows < live, y, 0.0 if onto is None else onto)
 
 
 def twin_attention(

@@ -123,3 +123,31 @@ def test_what_does_not_fit_is_refused(kernels: native.Kernels) -> None:
             jax.block_until_ready(kernels.linear(x, w, **around))
     with pytest.raises(Exception, match=r"gate takes x \[m, 2 k\]"):
         jax.block_until_ready(kernels.linear(normal(1, 2, 33), w, gated=True))
+
+
+@pytest.mark.parametrize("dtype", WEIGHTS)
+@pytest.mark.parametrize("m, live", [(40, 40), (40, 17), (200, 130), (200, 3), (16, 1), (16, 0)])
+def test_rows_that_are_not_live_are_not_computed_and_change_nothing(kernels: native.Kernels, dtype: str, m: int, live: int) -> None:
+    k, n, rank = 70, 45, 8
+    w, x, onto = packed(kernels, dtype, k, n), normal(0, m, k), normal(1, m, n)
+    slots = jnp.where(jnp.arange(m) < live, jnp.arange(m, dtype=jnp.int32) % 3 - 1, -1)
+    bank = jnp.asarray(normal(3, 2, rank * (k + n + 8)))
+    adapters = native.LoraRows(bank, jnp.int32(0), slots, jnp.int32([8, 8]), (native.LoraModule(0, k, 2, n - 5),), rank)
+    around = {"norm": (normal(2, k), 1e-5), "adapters": adapters}
+    step = jax.jit(lambda x, onto, live: kernels.linear(x, w, onto=onto, live=live, **around))
+    whole = kernels.linear(x[:live], w, onto=onto[:live], norm=around["norm"], adapters=adapters._replace(row_slot=slots[:live]))
+    x[live:] = np.nan
+    got = step(x, onto, jnp.int32(live))
+    assert same_bits(got[:live], whole) and same_bits(got[live:], onto[live:])
+    alone = jax.jit(lambda x, live: kernels.linear(x, w, live=live))(x, jnp.int32(live))
+    assert same_bits(alone[:live], kernels.linear(x[:live], w)) and not np.asarray(alone[live:]).any()
+    twin = native.twin_linear(np.nan_to_num(x), np.zeros((k, n), np.float32), onto=onto, live=jnp.int32(live), **around)
+    np.testing.assert_array_equal(twin[live:], onto[live:])
+
+
+@pytest.mark.parametrize("live, slots, message", [(5, [0] * 4, "more rows are live"), (-1, [-1] * 4, "more rows are live"), (3, [0] * 4, "has an adapter")])
+def test_rows_that_cannot_be_live_are_refused(kernels: native.Kernels, live: int, slots: list[int], message: str) -> None:
+    w, bank = kernels.pack_linear(normal(0, 8, 8)), jnp.zeros((1, 128))
+    adapters = native.LoraRows(bank, jnp.int32(0), jnp.int32(slots), jnp.int32([8]), (native.LoraModule(0, 8, 0, 8),), 8)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        kernels.linear(normal(1, 4, 8), w, adapters=adapters, live=jnp.int32(live)).block_until_ready()
