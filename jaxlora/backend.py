@@ -15,7 +15,7 @@ from flax import struct
 from jax import Array
 
 from jaxlora import kv_cache, lora, native
-from jaxlora.config import ModelConfig
+from jaxlora.config import OUTPUT_LAYER, ModelConfig
 from jaxlora.int8 import Int8
 from jaxlora.kv_cache import Rows
 from jaxlora.lora import Bank, BankLayout, RowAdapters
@@ -160,7 +160,8 @@ class NativeLinears:
             case Gated((x,)):
                 around["gated"] = True
         one_each = x.shape[:2] == (len(self.row_slots), 1)
-        around["live"] = self.live[0 if one_each else 1]
+        # What follows on the output layer is plain JAX, which computes with all rows.
+        around |= {"live": self.live[0 if one_each else 1], "cleared": names == (OUTPUT_LAYER,)}
         spans = [self.layout.by_name.get(name) for name in names]
         if None not in spans:  # the bank need not have adapters of the output layer
             ends = np.cumsum([span.out_features for span in spans]).tolist()
@@ -197,7 +198,8 @@ PIECE = 1 << 20  # values
 
 @dataclasses.dataclass(frozen=True)
 class NativeBackend:
-    """`jaxlora.native` on CPUs. Its kernels give a row the same bits whatever the number of rows, so batches may be of any size."""
+    """`jaxlora.native` on CPUs. Its kernels give a row the same bits whatever the number of rows, so batches may be of any size. Products leave
+    out the rows that fill one up, so that few sizes do: each has to be compiled."""
 
     kernels: native.Kernels
     dtype = "bfloat16"
@@ -214,20 +216,19 @@ class NativeBackend:
         return f"native {self.kernels.isa}"
 
     def batch_sizes(self, slots: int) -> tuple[int, ...]:
-        sizes = [1]
-        while sizes[-1] * 2 < slots:
-            sizes.append(sizes[-1] * 2)
+        sizes, size = [1], 2
+        while 2 * size <= slots:
+            sizes.append(size)
+            size *= 4
         return (*sizes, slots) if slots > 1 else (1,)
 
     def chunk_lengths(self, chunk: int) -> tuple[int, ...]:
-        # A short prompt need not pay for a whole chunk.
-        return tuple(sorted({max(chunk // 4, 2), max(chunk // 2, 2), chunk}))
+        return (max(chunk, 2),)
 
     def mixed_lengths(self, slots: int, chunk: int) -> tuple[int, ...]:
         if slots == 1:
             return ()
-        most = max(chunk, slots + chunk // 4)  # where all slots but one generate, a prompt is still read on
-        return tuple(sorted({max(-(-most * quarters // 4), 2) for quarters in (1, 2, 3, 4)}))
+        return (max(chunk, slots + chunk // 4, 2),)  # where all slots but one generate, a prompt is still read on
 
     def bank_ranks(self, layout: BankLayout, rank: int) -> int:
         return min(fill_up(rank), layout.max_rank)  # the kernel reads no others

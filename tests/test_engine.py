@@ -135,11 +135,11 @@ def test_prompts_are_read_beside_answers_in_place_and_bitwise_as_alone(running, 
 
 
 @pytest.mark.parametrize("slots", [2, 3, 16])
-def test_the_tokens_of_a_mixed_step_may_be_as_many_as_its_rows_or_fewer(start, alone, backend, slots):
+def test_a_mixed_step_has_more_tokens_than_rows_and_any_number_of_them_may_be_real(start, alone, backend, slots):
     if not backend.mixed_lengths(slots, 4):
         pytest.skip("plain XLA reads prompts apart")
     engine, program = start(Sizes(slots=slots, max_seq_len=128, prefill_chunk=4, lora_slots=5, max_lora_rank=16))
-    assert slots in program.mixed_lengths or slots > program.mixed_lengths[0]
+    assert program.mixed_lengths[0] > slots
     sinks = [asked(engine, request) for request in requests()]
     assert [sink.tokens() for sink in sinks] == alone
 

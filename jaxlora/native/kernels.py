@@ -39,6 +39,7 @@ class Kernels:
         onto: Array | None = None,
         adapters: LoraRows | None = None,
         live: Array | None = None,
+        cleared: bool = False,
     ) -> Array:
         """float32 [..., n] = x [..., k] @ w, in float32; where the weights are bfloat16, `amxbf16` and `avx512bf16` round x to it,
         and `avx512fp16` adds up in float16, 32 products at a time; where they are int8, x is rounded to that, with a scale for each GROUP of a row.
@@ -49,7 +50,8 @@ class Kernels:
             onto: float32 [..., n], what the product is added to. The sum takes its place if donated.
             adapters: the low-rank updates of the rows. Where the bank is bfloat16, `amxbf16` and `avx512bf16` round what is multiplied,
                 and what lies between A and B, to it.
-            live: int32 scalar: only so many rows are computed. The others, which have no adapter, come out as they are in `onto`, or as zeros.
+            live: int32 scalar: only so many rows are computed. The others, which have no adapter, are as in `onto`, else they may hold anything.
+            cleared: they are zeros then, where nothing is added to.
 
         Raises:
             jax.errors.JaxRuntimeError: as it runs, where `live` is not from 0 to the number of rows, or a row that is not live has an adapter.
@@ -61,9 +63,10 @@ class Kernels:
         places = np.ascontiguousarray(np.array(modules, np.int64).reshape(-1, len(LoraModule._fields)).T)
         call = jax.ffi.ffi_call("jaxlora_linear", result, input_output_aliases={} if onto is None else {3: 0})
         added = _NOTHING if onto is None else onto.reshape(result.shape)
-        options = dict(zip(("a_offsets", "b_offsets", "columns", "widths"), places), ranks=np.int64(max_rank))
+        flags = dict(gated=gated, cleared=cleared)
+        options = flags | dict(zip(("a_offsets", "b_offsets", "columns", "widths"), places), ranks=np.int64(max_rank))
         living = _NO_NUMBERS if live is None else live.reshape(1)
-        y = call(rows, w.data, scale, added, bank, start, row_slot, rank, living, eps=np.float32(eps), gated=gated, **options)
+        y = call(rows, w.data, scale, added, bank, start, row_slot, rank, living, eps=np.float32(eps), **options)
         return y.reshape(*x.shape[:-1], w.n)
 
     @staticmethod

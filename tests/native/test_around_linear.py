@@ -139,8 +139,9 @@ def test_rows_that_are_not_live_are_not_computed_and_change_nothing(kernels: nat
     x[live:] = np.nan
     got = step(x, onto, jnp.int32(live))
     assert same_bits(got[:live], whole) and same_bits(got[live:], onto[live:])
-    alone = jax.jit(lambda x, live: kernels.linear(x, w, live=live))(x, jnp.int32(live))
-    assert same_bits(alone[:live], kernels.linear(x[:live], w)) and not np.asarray(alone[live:]).any()
+    alone, cleared = (jax.jit(lambda x, live: kernels.linear(x, w, live=live, cleared=cleared))(x, jnp.int32(live)) for cleared in (False, True))
+    assert same_bits(alone[:live], kernels.linear(x[:live], w)) and same_bits(cleared[:live], alone[:live])
+    assert not np.asarray(cleared[live:]).any()
     twin = native.twin_linear(np.nan_to_num(x), np.zeros((k, n), np.float32), onto=onto, live=jnp.int32(live), **around)
     np.testing.assert_array_equal(twin[live:], onto[live:])
 

@@ -9,10 +9,10 @@ namespace jaxlora {
 namespace {
 
 // y = f(x) @ w, where f is nothing, the norm times `scale`, or the gate (see `Input`); on top of `onto`, which y takes the place of; and with
-// the adapters of the rows. Of so many rows as `live` says: the others stay as they are in `onto`, or are zeros. What there is not comes as
-// arrays without values.
+// the adapters of the rows. Of so many rows as `live` says: the others stay as they are in `onto`, or are zeros where `cleared`, or hold
+// anything. What there is not comes as arrays without values.
 ffi::Error linear(F32 x, ffi::AnyBuffer w, F32 scale, F32 onto, ffi::AnyBuffer bank, S32 start, S32 row_slot, S32 rank, S32 live, F32Result y,
-                  float eps, bool gated, Numbers a_offsets, Numbers b_offsets, Numbers columns, Numbers widths, int64_t ranks) {
+                  float eps, bool gated, bool cleared, Numbers a_offsets, Numbers b_offsets, Numbers columns, Numbers widths, int64_t ranks) {
   const auto xs = x.dimensions(), ys = y->dimensions();
   if (xs.size() != 2 || ys.size() != 2 || xs[0] != ys[0]) return bad("linear takes x [m, k], packed w and y [m, n]");
   const int64_t all = xs[0], m = live.element_count() ? live.typed_data()[0] : all, k = gated ? xs[1] / 2 : xs[1], n = ys[1];
@@ -30,7 +30,7 @@ ffi::Error linear(F32 x, ffi::AnyBuffer w, F32 scale, F32 onto, ffi::AnyBuffer b
   if (!work.empty() && std::any_of(row_slot.typed_data() + m, row_slot.typed_data() + all, [](int32_t slot) { return slot >= 0; })) {
     return bad("a row that is not live has an adapter");
   }
-  if (!added && m < all) {
+  if (cleared && !added && m < all) {
     Pool::instance().split(all - m, [&](int64_t begin, int64_t end) {
       std::memset(y->typed_data() + (m + begin) * n, 0, static_cast<size_t>((end - begin) * n) * sizeof(float));
     });
@@ -60,6 +60,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_linear, linear,
                                   .Ret<F32>()             // y
                                   .Attr<float>("eps")
                                   .Attr<bool>("gated")
+                                  .Attr<bool>("cleared")
                                   .Attr<Numbers>("a_offsets")
                                   .Attr<Numbers>("b_offsets")
                                   .Attr<Numbers>("columns")
