@@ -24,9 +24,8 @@ def twin_linear(
     onto: Array | None = None,
     adapters: LoraRows | None = None,
     live: Array | None = None,
-    cleared: bool = True,
 ) -> Array:
-    """As `Kernels.linear`, of weights [k, n] that are not packed; x is never rounded, and rows that are not live are zeros in any case."""
+    """As `Kernels.linear`, of weights [k, n] that are not packed; x is never rounded, and rows that are not live are always cleared."""
     if isinstance(w, Int8):
         w = w.widen(jnp.float32)
     x = x.astype(jnp.float32)
