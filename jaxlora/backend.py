@@ -39,12 +39,9 @@ class Backend(Elements, Protocol):
     def batch_sizes(self, slots: int) -> tuple[int, ...]:
         """The numbers of rows that a decode step may have, ascending; the last is `slots`."""
 
-    def chunk_lengths(self, chunk: int) -> tuple[int, ...]:
-        """The numbers of tokens that a prefill step may have, ascending; the last is `chunk`."""
-
-    def mixed_lengths(self, slots: int, chunk: int) -> tuple[int, ...]:
-        """The numbers of tokens that a step may have whose rows have any number of them each: parts of prompts, and single tokens of
-        answers. Ascending; none where that is not possible."""
+    def mixed_length(self, slots: int, chunk: int) -> int:
+        """The number of tokens of a step whose rows have any number of them each: parts of prompts, `chunk` tokens together, and single
+        tokens of answers. 0 where that is not possible."""
 
     def bank_ranks(self, layout: BankLayout, rank: int) -> int:
         """How many ranks an adapter of that rank has to fill in the bank."""
@@ -91,11 +88,8 @@ class XlaBackend(PlainElements):
     def batch_sizes(self, slots: int) -> tuple[int, ...]:
         return (slots,)
 
-    def chunk_lengths(self, chunk: int) -> tuple[int, ...]:
-        return (chunk,)
-
-    def mixed_lengths(self, slots: int, chunk: int) -> tuple[int, ...]:
-        return ()
+    def mixed_length(self, slots: int, chunk: int) -> int:
+        return 0
 
     def bank_ranks(self, layout: BankLayout, rank: int) -> int:
         return layout.max_rank  # rows compute with all of them
@@ -222,13 +216,9 @@ class NativeBackend:
             size *= 4
         return (*sizes, slots) if slots > 1 else (1,)
 
-    def chunk_lengths(self, chunk: int) -> tuple[int, ...]:
-        return (max(chunk, 2),)
-
-    def mixed_lengths(self, slots: int, chunk: int) -> tuple[int, ...]:
-        if slots == 1:
-            return ()
-        return (max(chunk, slots + chunk // 4, 2),)  # where all slots but one generate, a prompt is still read on
+    def mixed_length(self, slots: int, chunk: int) -> int:
+        # Where all slots but one generate, a prompt is still read on.
+        return max(chunk, slots + chunk // 4) if slots > 1 else 0
 
     def bank_ranks(self, layout: BankLayout, rank: int) -> int:
         return min(fill_up(rank), layout.max_rank)  # the kernel reads no others

@@ -159,7 +159,7 @@ def test_prompts_take_turns_for_a_time_where_there_is_no_memory_for_several(star
     with engine._wakeup:  # so that all are there when the first one is read
         sinks = others(engine)
     assert ids(sinks) == expected[0]
-    failed = {("mixed", "out_of_memory"): 1} if program.mixed_lengths else {}
+    failed = {("mixed", "out_of_memory"): 1} if program.mixed_length else {}
     assert {what: count for what, count in engine.health.faults().items() if count} == failed
     assert engine.health.may_mix() != bool(failed) and engine.health.allowed_rows() == SIZES.slots
 

@@ -46,7 +46,7 @@ def warmed_up(base: pathlib.Path, backend: Backend, folder: pathlib.Path | None,
 
 def steps(backend: Backend, sizes: Sizes = SIZES) -> list[int]:
     slots, chunk = sizes.slots, sizes.prefill_chunk
-    return [*backend.chunk_lengths(chunk), *backend.mixed_lengths(slots, chunk), *backend.batch_sizes(slots)]
+    return [chunk, *filter(None, [backend.mixed_length(slots, chunk)]), *backend.batch_sizes(slots)]
 
 
 def filled(program: Program, rows: int, length: int) -> Batch:
@@ -56,8 +56,8 @@ def filled(program: Program, rows: int, length: int) -> Batch:
 
 
 def answers(program: Program) -> list[bytes]:
-    """The state after prompts of each length and after decode steps of each size, and what came next."""
-    shapes = [(1, length) for length in program.chunk_lengths] + [(rows, 1) for rows in program.batch_sizes]
+    """The state after a prompt and after decode steps of each size, and what came next."""
+    shapes = [(1, program.sizes.prefill_chunk)] + [(rows, 1) for rows in program.batch_sizes]
     sampled = [program.run(filled(program, *shape)) for shape in shapes]
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((sampled, program.state))]
 

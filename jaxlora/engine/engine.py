@@ -215,7 +215,7 @@ class Engine:
         if mixed := self._stepper.mixed_tokens():
             self._share_out(mixed)
         else:
-            self._read_in_turn()
+            self._read_one()
         sequences = [sequence for sequence in self._present() if sequence.part or not sequence.prefilling]
         self._step(sorted(sequences, key=lambda sequence: not sequence.part))
         self.health.stepped(self._stepper.steps - before)
@@ -228,16 +228,12 @@ class Engine:
             sequence.part = min(room, sequence.left)
             room -= sequence.part
 
-    def _read_in_turn(self) -> None:
-        """Steps that read one prompt each, for the time that one full chunk takes."""
-        room = self._program.sizes.prefill_chunk
-        while (sequence := self._next_prompt()) is not None:
-            part = min(self._program.sizes.prefill_chunk, sequence.left)
-            room -= self._stepper.chunk(part)
-            if room < 0:
-                return
-            sequence.part = part
+    def _read_one(self) -> None:
+        """A step that reads the next part of one prompt, and nothing else."""
+        if (sequence := self._next_prompt()) is not None:
+            sequence.part = min(self._program.sizes.prefill_chunk, sequence.left)
             self._step([sequence])
+            self._admit()  # whoever came meanwhile
 
     def _next_prompt(self) -> Sequence | None:
         self._admit()

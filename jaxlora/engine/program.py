@@ -90,8 +90,7 @@ class Program:
         self._put = jax.jit(backend.place, donate_argnums=0)
         self.cut_invariant = backend.cut_invariant
         self.batch_sizes = backend.batch_sizes(sizes.slots)
-        self.chunk_lengths = backend.chunk_lengths(sizes.prefill_chunk)
-        self.mixed_lengths = backend.mixed_lengths(sizes.slots, sizes.prefill_chunk)
+        self.mixed_length = backend.mixed_length(sizes.slots, sizes.prefill_chunk)
         # Elsewhere a token might come out otherwise beside guesses than alone.
         guesses = sizes.guesses and self.cut_invariant
         self.guess_sizes = tuple(size for size in self.batch_sizes if size <= MAX_GUESSED_ROWS) if guesses else ()
@@ -170,8 +169,9 @@ class Program:
             progress: told of each step that has been compiled, by several threads.
         """
         vocab = self.config.vocab_size
-        batches = {f"prefill x {length}": idle_batch(1, length, vocab) for length in self.chunk_lengths}
-        batches |= {f"mixed x {length}": idle_mixed_batch(self.sizes.slots, length, vocab) for length in self.mixed_lengths}
+        batches = {f"prefill x {self.sizes.prefill_chunk}": idle_batch(1, self.sizes.prefill_chunk, vocab)}
+        if self.mixed_length:
+            batches[f"mixed x {self.mixed_length}"] = idle_mixed_batch(self.sizes.slots, self.mixed_length, vocab)
         batches |= {f"decode x {rows}": idle_batch(rows, 1, vocab) for rows in self.batch_sizes}
         batches |= {f"guesses x {rows}": idle_batch(rows, 1 + self.sizes.guesses, vocab, guessed=True) for rows in self.guess_sizes}
         bank, state = jax.eval_shape(self._new_bank), jax.eval_shape(self._new_state)

@@ -80,14 +80,9 @@ class Stepper:
         batch_of = self._guess_batch if self._guess(sequences) else functools.partial(self._decode_batch, 1 if expected else self._ahead(sequences))
         return self._run(batch_of, sequences)
 
-    def chunk(self, part: int) -> int:
-        """How many tokens a step has that reads so many of one prompt, with those that fill it up."""
-        return next(length for length in self._program.chunk_lengths if length >= part)
-
     def mixed_tokens(self) -> int:
         """How many tokens a step may have that reads prompts beside others; 0 where there is no such step, or after one found no memory."""
-        lengths = self._program.mixed_lengths
-        return lengths[-1] if lengths and self._health.may_mix() else 0
+        return self._program.mixed_length if self._health.may_mix() else 0
 
     def put_adapter(self, slot: int, vector: np.ndarray, rank: int) -> None:
         """As `Program.put_adapter`; tries twice where memory is short.
@@ -125,10 +120,8 @@ class Stepper:
         if not any(sequence.part for sequence in sequences):
             return self._decode_batch(1, sequences)
         if len(sequences) == 1:
-            return prefill_batch(sequences[0], self.chunk(sequences[0].part), vocab), [0]
-        tokens = sum(max(1, sequence.part) for sequence in sequences)
-        length = next(length for length in program.mixed_lengths if length >= tokens)
-        return mixed_batch(sequences, program.sizes.slots, length, vocab), list(range(len(sequences)))
+            return prefill_batch(sequences[0], program.sizes.prefill_chunk, vocab), [0]
+        return mixed_batch(sequences, program.sizes.slots, program.mixed_length, vocab), list(range(len(sequences)))
 
     def _ahead(self, sequences: list[Sequence]) -> int:
         """How many decode steps the next call has."""
