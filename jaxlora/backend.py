@@ -33,15 +33,13 @@ class Backend(Elements, Protocol):
     """The type of weights and cache that is fastest here."""
     cut_invariant: bool
     """Whether keys and values come out the same bit for bit however a sequence is cut into steps."""
+    mixes: bool
+    """Whether the rows of a step may have any number of tokens each: parts of prompts beside single tokens of answers."""
     write_adapter: lora.Write
     """How A and B of a module come to lie in the bank."""
 
     def batch_sizes(self, slots: int) -> tuple[int, ...]:
         """The numbers of rows that a decode step may have, ascending; the last is `slots`."""
-
-    def mixed_length(self, slots: int, chunk: int) -> int:
-        """The number of tokens of a step whose rows have any number of them each: parts of prompts, `chunk` tokens together, and single
-        tokens of answers. 0 where that is not possible."""
 
     def bank_ranks(self, layout: BankLayout, rank: int) -> int:
         """How many ranks an adapter of that rank has to fill in the bank."""
@@ -77,7 +75,7 @@ class XlaBackend(PlainElements):
 
     packing = PlainPacking()
     name = "xla"
-    cut_invariant = False
+    cut_invariant = mixes = False
     draw = staticmethod(native.twin_draw)
     write_adapter = staticmethod(lora.write_ranks)
 
@@ -87,9 +85,6 @@ class XlaBackend(PlainElements):
 
     def batch_sizes(self, slots: int) -> tuple[int, ...]:
         return (slots,)
-
-    def mixed_length(self, slots: int, chunk: int) -> int:
-        return 0
 
     def bank_ranks(self, layout: BankLayout, rank: int) -> int:
         return layout.max_rank  # rows compute with all of them
@@ -197,7 +192,7 @@ class NativeBackend:
 
     kernels: native.Kernels
     dtype = "bfloat16"
-    cut_invariant = True
+    cut_invariant = mixes = True
     draw = staticmethod(native.Kernels.draw)
     write_adapter = staticmethod(native.pack_lora)
 
@@ -215,10 +210,6 @@ class NativeBackend:
             sizes.append(size)
             size *= 4
         return (*sizes, slots) if slots > 1 else (1,)
-
-    def mixed_length(self, slots: int, chunk: int) -> int:
-        # Where all slots but one generate, a prompt is still read on.
-        return max(chunk, slots + chunk // 4) if slots > 1 else 0
 
     def bank_ranks(self, layout: BankLayout, rank: int) -> int:
         return min(fill_up(rank), layout.max_rank)  # the kernel reads no others

@@ -36,7 +36,7 @@ class Rows:
 
     `slots`, `starts` and `lengths` are int32 `[B]`: the slot of a sequence, the position of its first token in this step, and how many
     of its tokens are real (0: an idle row). `offsets`, int32 `[B]`, ascending from 0: the number of its first token among all B T; it has
-    those up to the next sequence's first: T of them, but in mixed steps. `every_slot` says that row b is slot b for all slots,
+    those up to the next sequence's first: T of them, or in steps that read prompts any number. `every_slot` says that row b is slot b for all slots,
     which spares a gather.
     """
 

@@ -129,17 +129,17 @@ def test_prompts_are_read_beside_answers_in_place_and_bitwise_as_alone(running, 
     wanted = list(requests())
     sinks = {index: asked(engine, wanted[index]) for index in reversed(range(len(wanted)))}
     assert [sinks[index].tokens() for index in range(len(wanted))] == alone
-    together = {batch.mixed for batch in batches if batch.reads.any() and (batch.lengths > batch.reads * batch.lengths).any()}
-    assert together == ({program.mixed_length} if program.mixed_length else set())
+    together = any(batch.reads.any() and (batch.lengths > batch.reads * batch.lengths).any() for batch in batches)
+    assert together == (program.prefill_rows > 1)
     assert places() == before
 
 
 @pytest.mark.parametrize("slots", [2, 3, 16])
-def test_a_mixed_step_has_more_tokens_than_rows_and_any_number_of_them_may_be_real(start, alone, backend, slots):
-    if not backend.mixed_length(slots, 4):
+def test_a_step_that_reads_prompts_has_more_tokens_than_rows_and_any_number_of_them_may_be_real(start, alone, backend, slots):
+    if not backend.mixes:
         pytest.skip("plain XLA reads prompts apart")
     engine, program = start(Sizes(slots=slots, max_seq_len=128, prefill_chunk=4, lora_slots=5, max_lora_rank=16))
-    assert program.mixed_length > slots
+    assert program.prefill_length > program.prefill_rows == slots
     sinks = [asked(engine, request) for request in requests()]
     assert [sink.tokens() for sink in sinks] == alone
 

@@ -15,7 +15,7 @@ from jaxlora import executables, weights
 from jaxlora.backend import Backend, NativeBackend, XlaBackend
 from jaxlora.config import ModelConfig
 from jaxlora.engine import Program, Sizes
-from jaxlora.engine.batch import Batch, idle_batch
+from jaxlora.engine.batch import Batch, idle_batch, idle_prefill_batch
 from tests.kernels import kernels_here
 from tests.parity import checkpoints
 
@@ -44,21 +44,28 @@ def warmed_up(base: pathlib.Path, backend: Backend, folder: pathlib.Path | None,
     return program, told
 
 
-def steps(backend: Backend, sizes: Sizes = SIZES) -> list[int]:
-    slots, chunk = sizes.slots, sizes.prefill_chunk
-    return [chunk, *filter(None, [backend.mixed_length(slots, chunk)]), *backend.batch_sizes(slots)]
+def steps(backend: Backend, sizes: Sizes = SIZES) -> list[str | int]:
+    return ["prefill", *backend.batch_sizes(sizes.slots)]
 
 
-def filled(program: Program, rows: int, length: int) -> Batch:
-    batch = idle_batch(rows, length, program.config.vocab_size)
-    batch.tokens[:], batch.lengths[:], batch.reads[:], batch.emit[:] = np.arange(length) + 3, length, 1, 1
+def reading(program: Program) -> Batch:
+    """One full chunk."""
+    chunk, vocab = program.sizes.prefill_chunk, program.config.vocab_size
+    batch = idle_prefill_batch(program.prefill_rows, program.prefill_length, vocab)
+    batch.tokens.flat[:chunk] = np.arange(chunk) + 3
+    batch.lengths[0], batch.reads[0], batch.emit[0] = chunk, 1, 1
+    return batch
+
+
+def answering(program: Program, rows: int) -> Batch:
+    batch = idle_batch(rows, 1, program.config.vocab_size)
+    batch.tokens[:], batch.lengths[:], batch.emit[:] = 3, 1, 1
     return batch
 
 
 def answers(program: Program) -> list[bytes]:
     """The state after a prompt and after decode steps of each size, and what came next."""
-    shapes = [(1, program.sizes.prefill_chunk)] + [(rows, 1) for rows in program.batch_sizes]
-    sampled = [program.run(filled(program, *shape)) for shape in shapes]
+    sampled = [program.run(batch) for batch in (reading(program), *(answering(program, rows) for rows in program.batch_sizes))]
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((sampled, program.state))]
 
 

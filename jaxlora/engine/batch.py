@@ -43,12 +43,12 @@ class Fields:
 @dataclasses.dataclass
 class Batch(Fields):
     """The rows of one step on the host: views of parts of `packed`, int32 `[B, N]`. `guessed`: the tokens of a row after its first are
-    guesses, so a token is chosen at every position; greedily, and the history stays as it is. `mixed`: how many tokens a mixed step has,
-    whose rows have any number of them: they lie one behind the other in `tokens`, whatever row that is. 0 for other steps."""
+    guesses, so a token is chosen at every position; greedily, and the history stays as it is. `prefill`: how many tokens a step has that
+    reads prompts, and whose rows have any number of them: they lie one behind the other in `tokens`, whatever row that is. 0 for other steps."""
 
     packed: np.ndarray
     guessed: bool
-    mixed: int
+    prefill: int
 
     @property
     def steps(self) -> int:
@@ -62,13 +62,13 @@ def idle_batch(rows: int, length: int, vocab: int, guessed: bool = False) -> Bat
     fields = _take_apart(packed, np.ndarray.view)
     fields.slots[:] = np.arange(rows)
     fields.offsets[:] = np.arange(rows) * length
-    return Batch(**vars(fields), packed=packed, guessed=guessed, mixed=0)
+    return Batch(**vars(fields), packed=packed, guessed=guessed, prefill=0)
 
 
-def idle_mixed_batch(rows: int, tokens: int, vocab: int) -> Batch:
-    """The same for a mixed step of so many tokens."""
+def idle_prefill_batch(rows: int, tokens: int, vocab: int) -> Batch:
+    """The same for a step of so many tokens that reads prompts."""
     batch = idle_batch(rows, -(-tokens // rows), vocab)
-    batch.mixed, batch.offsets[1:] = tokens, tokens
+    batch.prefill, batch.offsets[1:] = tokens, tokens
     return batch
 
 

@@ -212,18 +212,17 @@ class Engine:
     def _advance(self) -> None:
         """Every sequence by one step, or as much as there is room for."""
         before = self._stepper.steps
-        if mixed := self._stepper.mixed_tokens():
-            self._share_out(mixed)
+        if self._program.prefill_rows > 1:
+            self._share_out()
         else:
             self._read_one()
         sequences = [sequence for sequence in self._present() if sequence.part or not sequence.prefilling]
         self._step(sorted(sequences, key=lambda sequence: not sequence.part))
         self.health.stepped(self._stepper.steps - before)
 
-    def _share_out(self, mixed: int) -> None:
-        """Says what the next step, of `mixed` tokens at most, reads of which prompts: the next part of a long one, or several short ones."""
-        answers = sum(not sequence.prefilling for sequence in self._present())
-        room = min(self._program.sizes.prefill_chunk, mixed - answers)
+    def _share_out(self) -> None:
+        """Says what the next step reads of which prompts beside the answers: the next part of a long one, or several short ones."""
+        room = self._program.sizes.prefill_chunk
         while room > 0 and (sequence := self._next_prompt()) is not None:
             sequence.part = min(room, sequence.left)
             room -= sequence.part

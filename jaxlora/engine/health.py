@@ -41,7 +41,6 @@ class Health:
         self._latency = LatencyBreaker({QUEUE: at.queue_s, TOKEN: at.token_s}, at.window_s, at.open_s)
         self._adapters = AdapterBreaker(at.adapter_failures, at.adapter_open_s)
         self._memory = MemoryBreaker(slots, at.memory_grow_s)
-        self._mixed = MemoryBreaker(2, at.memory_grow_s)  # several prompts, or prompts and answers, in one step, or not
         self._clock = clock
         self._lock = threading.Lock()
         self._stepped: float | None = None
@@ -93,17 +92,6 @@ class Health:
             allowed = self._memory.allowed(self._clock())
         log.warning("breaker: no memory for a step of %d rows; %d may run for now", rows, allowed)
 
-    def mixed_out_of_memory(self) -> None:
-        """There was no memory for a step that reads prompts beside others: it is its tokens that need it, not its rows."""
-        with self._lock:
-            self._mixed.failed(2, self._clock())
-        log.warning("breaker: no memory for a step that reads prompts beside others; for now they take turns")
-
-    def may_mix(self) -> bool:
-        """Whether a step may read prompts beside others now."""
-        with self._lock:
-            return self._mixed.allowed(self._clock()) == 2
-
     def allowed_rows(self) -> int:
         """How many requests may run now."""
         with self._lock:
@@ -122,8 +110,7 @@ class Health:
     def states(self) -> dict[str, State]:
         """The state of each breaker by its name."""
         with self._lock:
-            memory = max(self._memory.state, self._mixed.state)
-            return {"latency": self._latency.state, "memory": memory, "adapter": self._adapters.state}
+            return {"latency": self._latency.state, "memory": self._memory.state, "adapter": self._adapters.state}
 
     def _observe(self, name: str, seconds: float) -> None:
         with self._lock:

@@ -22,7 +22,7 @@ from jaxlora.backend import Backend
 from jaxlora.compilation import quick_fusions
 from jaxlora.config import ModelConfig
 from jaxlora.engine import sampling
-from jaxlora.engine.batch import Batch, Fields, idle_batch, idle_mixed_batch, in_step
+from jaxlora.engine.batch import Batch, Fields, idle_batch, idle_prefill_batch, in_step
 from jaxlora.engine.device_state import State, empty_slot, is_usable, read_positions, record_prompt, write_positions
 from jaxlora.engine.sampling import History, Sampled
 from jaxlora.executables import Executables
@@ -77,7 +77,7 @@ class Program:
         self.state: State | None = None
         # A table, since XLA on CPUs would compute the cosines and sines again for every head of every layer.
         self._rotation = rotation(config.rope, config.head_dim, jnp.arange(sizes.max_seq_len))
-        self._step = jax.jit(self._trace, donate_argnames="state", static_argnames=("every_slot", "mixed"), compiler_options=quick_fusions())
+        self._step = jax.jit(self._trace, donate_argnames="state", static_argnames=("every_slot", "prefill"), compiler_options=quick_fusions())
         self._check = jax.jit(self._trace_guesses, donate_argnames="state", compiler_options=quick_fusions())
         self._steps: dict[tuple[Any, ...], Compiled] = {}
         # Two programs: in one, XLA would copy the whole cache, since what is read lies in what is written.
@@ -90,7 +90,9 @@ class Program:
         self._put = jax.jit(backend.place, donate_argnums=0)
         self.cut_invariant = backend.cut_invariant
         self.batch_sizes = backend.batch_sizes(sizes.slots)
-        self.mixed_length = backend.mixed_length(sizes.slots, sizes.prefill_chunk)
+        # A chunk of prompts, and a token of an answer in each of the other rows.
+        self.prefill_rows = sizes.slots if backend.mixes else 1
+        self.prefill_length = sizes.prefill_chunk + self.prefill_rows - 1
         # Elsewhere a token might come out otherwise beside guesses than alone.
         guesses = sizes.guesses and self.cut_invariant
         self.guess_sizes = tuple(size for size in self.batch_sizes if size <= MAX_GUESSED_ROWS) if guesses else ()
@@ -169,9 +171,7 @@ class Program:
             progress: told of each step that has been compiled, by several threads.
         """
         vocab = self.config.vocab_size
-        batches = {f"prefill x {self.sizes.prefill_chunk}": idle_batch(1, self.sizes.prefill_chunk, vocab)}
-        if self.mixed_length:
-            batches[f"mixed x {self.mixed_length}"] = idle_mixed_batch(self.sizes.slots, self.mixed_length, vocab)
+        batches = {f"prefill x {self.prefill_length}": idle_prefill_batch(self.prefill_rows, self.prefill_length, vocab)}
         batches |= {f"decode x {rows}": idle_batch(rows, 1, vocab) for rows in self.batch_sizes}
         batches |= {f"guesses x {rows}": idle_batch(rows, 1 + self.sizes.guesses, vocab, guessed=True) for rows in self.guess_sizes}
         bank, state = jax.eval_shape(self._new_bank), jax.eval_shape(self._new_state)
@@ -220,17 +220,17 @@ class Program:
         if batch.guessed:
             return self._check.lower(*arguments)
         every_slot = batch.tokens.shape == (self.sizes.slots, 1) and len(self.batch_sizes) == 1
-        return self._step.lower(*arguments, every_slot=every_slot, mixed=batch.mixed)
+        return self._step.lower(*arguments, every_slot=every_slot, prefill=batch.prefill)
 
     def _arguments(self, batch: Batch, bank: Bank, state: State) -> tuple[Any, ...]:
         return self._weights, self._rotation, bank, state, batch.packed
 
     def _trace(
-        self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, packed: Array, *, every_slot: bool, mixed: int
+        self, weights: Weights, rotations: tuple[Array, Array], bank: Bank, state: State, packed: Array, *, every_slot: bool, prefill: int
     ) -> tuple[State, Array]:
         batch = in_step(packed)
-        if mixed:
-            batch = dataclasses.replace(batch, tokens=batch.tokens.reshape(1, -1)[:, :mixed])
+        if prefill:
+            batch = dataclasses.replace(batch, tokens=batch.tokens.reshape(1, -1)[:, :prefill])
 
         def step(state: State, tokens: Array, starts: Array) -> tuple[State, Sampled]:
             now = dataclasses.replace(batch, tokens=tokens, starts=starts)
@@ -300,4 +300,4 @@ class Program:
 
 def _shape(batch: Batch) -> tuple[Any, ...]:
     """What two batches share that one step is compiled for."""
-    return batch.tokens.shape, batch.mixed, batch.guessed
+    return batch.tokens.shape, batch.prefill, batch.guessed

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Tokens
 
 import numpy as np
 
-from jaxlora.engine.batch import Batch, idle_batch, idle_mixed_batch
+from jaxlora.engine.batch import Batch, idle_batch, idle_prefill_batch
 from jaxlora.engine.lookup import Lookup
 from jaxlora.engine.requests import MAX_BANNED, Request, Result, Timings, Token
 from jaxlora.engine.sampling import Sampled
@@ -102,25 +102,14 @@ class Sequence:
         return Result(reason, len(self.request.prompt), len(self.answer), self.cached, timings)
 
 
-def prefill_batch(sequence: Sequence, chunk: int, vocab: int) -> Batch:
-    """The part of one prompt, in a row of `chunk` tokens."""
-    batch = idle_batch(1, chunk, vocab)
-    batch.tokens[0, : sequence.part] = sequence.next_tokens()
-    _fill_reading(batch, 0, sequence)
-    return batch
-
-
-def mixed_batch(sequences: list[Sequence], rows: int, length: int, vocab: int) -> Batch:
+def prefill_batch(sequences: list[Sequence], rows: int, length: int, vocab: int) -> Batch:
     """The parts of prompts, then the last token of each other sequence, in a step of so many rows and tokens."""
-    batch, tokens = idle_mixed_batch(rows, length, vocab), []
+    batch, tokens = idle_prefill_batch(rows, length, vocab), []
     for row, sequence in enumerate(sequences):
         batch.offsets[row] = len(tokens)
         tokens += sequence.next_tokens()
-        if sequence.part:
-            _fill_reading(batch, row, sequence)
-        else:
-            _fill(batch, row, sequence, 1)
-            batch.emit[row] = 1
+        _fill(batch, row, sequence, max(1, sequence.part))
+        batch.reads[row], batch.emit[row] = sequence.part > 0, not sequence.left
     batch.tokens[:] = np.pad(tokens, (0, batch.tokens.size - len(tokens))).reshape(batch.tokens.shape)
     return batch
 
@@ -144,11 +133,6 @@ def guess_batch(sequences: list[Sequence], size: int, guesses: int, vocab: int) 
         _fill(batch, row, sequence, len(tokens))
         batch.emit[row] = len(tokens)
     return batch
-
-
-def _fill_reading(batch: Batch, row: int, sequence: Sequence) -> None:
-    _fill(batch, row, sequence, sequence.part)
-    batch.reads[row], batch.emit[row] = 1, not sequence.left
 
 
 def _fill(batch: Batch, row: int, sequence: Sequence, length: int) -> None:

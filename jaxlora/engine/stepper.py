@@ -19,7 +19,7 @@ from jaxlora.engine.batch import Batch, idle_batch
 from jaxlora.engine.health import Health
 from jaxlora.engine.program import Program
 from jaxlora.engine.sampling import Sampled
-from jaxlora.engine.slots import Sequence, decode_batch, guess_batch, mixed_batch, prefill_batch, row_numbers
+from jaxlora.engine.slots import Sequence, decode_batch, guess_batch, prefill_batch, row_numbers
 from jaxlora.errors import EngineError, ServingError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Stepper:
         asked for.
 
         Arguments:
-            sequences: one at most, where it has a part and there are no `mixed_tokens`.
+            sequences: at most as many as a step has rows that reads prompts, if any has a part.
             expected: others wait, and could begin before any of these ends.
 
         Raises:
@@ -79,10 +79,6 @@ class Stepper:
             return self._run(self._reading_batch, sequences)
         batch_of = self._guess_batch if self._guess(sequences) else functools.partial(self._decode_batch, 1 if expected else self._ahead(sequences))
         return self._run(batch_of, sequences)
-
-    def mixed_tokens(self) -> int:
-        """How many tokens a step may have that reads prompts beside others; 0 where there is no such step, or after one found no memory."""
-        return self._program.mixed_length if self._health.may_mix() else 0
 
     def put_adapter(self, slot: int, vector: np.ndarray, rank: int) -> None:
         """As `Program.put_adapter`; tries twice where memory is short.
@@ -119,9 +115,7 @@ class Stepper:
         program, vocab = self._program, self._program.config.vocab_size
         if not any(sequence.part for sequence in sequences):
             return self._decode_batch(1, sequences)
-        if len(sequences) == 1:
-            return prefill_batch(sequences[0], program.sizes.prefill_chunk, vocab), [0]
-        return mixed_batch(sequences, program.sizes.slots, program.mixed_length, vocab), list(range(len(sequences)))
+        return prefill_batch(sequences, program.prefill_rows, program.prefill_length, vocab), list(range(len(sequences)))
 
     def _ahead(self, sequences: list[Sequence]) -> int:
         """How many decode steps the next call has."""
@@ -217,9 +211,7 @@ class Stepper:
         out_of_memory = is_out_of_memory(error)
         self._health.fault(place, "out_of_memory" if out_of_memory else "exception")
         if out_of_memory:
-            if place == "mixed":
-                self._health.mixed_out_of_memory()
-            elif rows > 1:  # one alone would not be helped by fewer
+            if place == "decode" and rows > 1:  # one alone would not be helped by fewer, and a step that reads prompts is of one size
                 self._health.out_of_memory(rows)
             self._relieve()
             gc.collect()
