@@ -1,5 +1,6 @@
 """Lines of a JSONL file, read and checked before anything is trained. Knows JSON and line numbers, no tokens."""
 
+import codecs
 import dataclasses
 import json
 import pathlib
@@ -30,13 +31,13 @@ class TooLong(BadLine):
 
 def read(path: pathlib.Path) -> tuple[list[Record], dict[int, str]]:
     """The lines of a JSONL file that are JSON objects, and what is wrong with the others, by line number. Empty lines are left
-    out.
+    out, and so is a byte order mark.
 
     Raises:
         SetupError: the file can't be read, or there is nothing in it.
     """
     try:
-        data = path.read_bytes()
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise SetupError(f"{path}: can't be read: {error.strerror}") from None
     records, problems = [], {}
@@ -70,6 +71,7 @@ def encode_all(path: pathlib.Path, encode: Callable[[Record], T], *, skip_bad: b
         SetupError: names the bad lines with their reasons, or says that nothing is left.
     """
     records, problems = read(path)
+    lines = len(records) + len(problems)
     found, too_long = [], {}
     for record in records:
         try:
@@ -83,9 +85,9 @@ def encode_all(path: pathlib.Path, encode: Callable[[Record], T], *, skip_bad: b
     if not found:
         reasons = {**problems, **too_long}
         raise SetupError(f"{path}: no line is left to train on\n{_listed(reasons)}")
-    for what, left_out in (("bad lines", problems), ("lines that are too long", too_long)):
+    for what, left_out in (("bad", problems), ("too long", too_long)):
         if left_out:
-            say(f"{path}: left out {len(left_out)} {what} of {len(records)}: {_numbers(left_out)}")
+            say(f"{path}: left out as {what} {len(left_out)} of {lines} lines: {_numbers(left_out)}")
     return found
 
 

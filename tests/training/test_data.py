@@ -122,7 +122,13 @@ def test_every_bad_line_of_a_file_is_reported_with_its_number(encoder: Encoder, 
     said: list[str] = []
     found = encode_all(path, encoder.example, skip_bad=True, say=said.append)
     assert [example.lines for example in found] == [(1,)]
-    assert "4 bad lines" in said[0] and "1 lines that are too long" in said[1]
+    assert "left out as bad 4 of 6 lines: 3, 4, 5, 6" in said[0] and "left out as too long 1 of 6 lines: 7" in said[1]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
+    assert read(path) == ([Record(1, {"text": "a"}), Record(2, {"text": "b"})], {})
 
 
 def test_a_file_with_nothing_to_train_on_is_refused(encoder: Encoder, tmp_path: pathlib.Path) -> None:
