@@ -69,7 +69,7 @@ class Stepper:
         asked for.
 
         Arguments:
-            sequences: at most as many as a step has rows that reads prompts, if any has a part.
+            sequences: where one has a part, no more than `Program.prefill_rows`.
             expected: others wait, and could begin before any of these ends.
 
         Raises:
