@@ -129,8 +129,8 @@ def test_prompts_are_read_beside_answers_in_place_and_bitwise_as_alone(running, 
     wanted = list(requests())
     sinks = {index: asked(engine, wanted[index]) for index in reversed(range(len(wanted)))}
     assert [sinks[index].tokens() for index in range(len(wanted))] == alone
-    together = any(batch.reads.any() and (batch.lengths > batch.reads * batch.lengths).any() for batch in batches)
-    assert together == (program.prefill_rows > 1)
+    together = {batch.prefill for batch in batches if batch.reads.any() and (batch.lengths > batch.reads * batch.lengths).any()}
+    assert together == ({program.prefill_length} if program.prefill_rows > 1 else set())
     assert places() == before
 
 

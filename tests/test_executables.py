@@ -32,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def kept_in(base: pathlib.Path, backend: Backend) -> pathlib.Path:
     """A folder with the steps of a program for `SIZES`."""
     folder = base.parent / backend.name
-    assert len(warmed_up(base, backend, folder)[1]) == len(steps(backend))
+    assert len(warmed_up(base, backend, folder)[1]) == step_count(backend)
     return folder
 
 
@@ -44,8 +44,9 @@ def warmed_up(base: pathlib.Path, backend: Backend, folder: pathlib.Path | None,
     return program, told
 
 
-def steps(backend: Backend, sizes: Sizes = SIZES) -> list[str | int]:
-    return ["prefill", *backend.batch_sizes(sizes.slots)]
+def step_count(backend: Backend, sizes: Sizes = SIZES) -> int:
+    """That which reads prompts, and one for each number of answers."""
+    return 1 + len(backend.batch_sizes(sizes.slots))
 
 
 def reading(program: Program) -> Batch:
@@ -76,7 +77,7 @@ def files(folder: pathlib.Path, kind: str) -> dict[str, int]:
 def test_a_second_program_reads_what_the_first_compiled(base, backend, kept_in):
     plain, compiled = warmed_up(base, backend, None)
     program, told = warmed_up(base, backend, kept_in)
-    assert len(compiled) == len(steps(backend)) and not told
+    assert len(compiled) == step_count(backend) and not told
     count, cache = program.compiled(), [array.unsafe_buffer_pointer() for array in (*program.state.cache.k, *program.state.cache.v)]
     assert answers(program) == answers(plain)
     program.reuse(0, 1, np.arange(5), record=True)
@@ -99,7 +100,7 @@ def test_damaged_files_are_made_anew(base, backend, kept_in):
     for number, path in enumerate(kept_in.glob("*.executable")):
         path.write_bytes(damages[number % 3](path.read_bytes()))
     program, told = warmed_up(base, backend, kept_in)
-    assert len(told) == len(steps(backend))
+    assert len(told) == step_count(backend)
     again, told = warmed_up(base, backend, kept_in)
     assert not told and answers(again) == answers(program)
 
@@ -116,7 +117,7 @@ def test_a_damaged_index_is_made_anew(base, backend, kept_in, content):
 def test_other_code_is_traced_but_what_it_leaves_as_it_was_is_not_compiled(base, backend, kept_in, monkeypatch):
     before = files(kept_in, "executable"), files(kept_in, "json")
     monkeypatch.setattr(executables, "_code", lambda: "another")
-    assert len(warmed_up(base, backend, kept_in)[1]) == len(steps(backend))
+    assert len(warmed_up(base, backend, kept_in)[1]) == step_count(backend)
     assert files(kept_in, "executable") == before[0] and files(kept_in, "json").keys() > before[1].keys()
     assert not warmed_up(base, backend, kept_in)[1]
     (kept_in / (files(kept_in, "json").keys() - before[1].keys()).pop()).unlink()
@@ -126,7 +127,7 @@ def test_other_code_is_traced_but_what_it_leaves_as_it_was_is_not_compiled(base,
 def test_other_sizes_are_other_programs(base, backend, kept_in, change):
     sizes, before = dataclasses.replace(SIZES, **change), files(kept_in, "json")
     program, told = warmed_up(base, backend, kept_in, sizes)
-    assert len(told) == len(steps(backend, sizes))
+    assert len(told) == step_count(backend, sizes)
     assert answers(program) == answers(warmed_up(base, backend, None, sizes)[0])
     for name in files(kept_in, "json").keys() - before.keys():
         (kept_in / name).unlink()

@@ -34,7 +34,7 @@ from jaxlora.weights import Weights
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The bounds that fix every shape: serving slots, tokens of a sequence, tokens of a prefill step, adapters on the device, ranks;
+    """The bounds that fix every shape: serving slots, tokens of a sequence, prompt tokens of a step, adapters on the device, ranks;
     how many tokens of a greedy answer may be guessed for a step; how many decode steps one call may run; and whether adapters are in 8 bits."""
 
     slots: int

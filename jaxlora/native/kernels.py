@@ -63,9 +63,8 @@ class Kernels:
         places = np.ascontiguousarray(np.array(modules, np.int64).reshape(-1, len(LoraModule._fields)).T)
         call = jax.ffi.ffi_call("jaxlora_linear", result, input_output_aliases={} if onto is None else {3: 0})
         added = _NOTHING if onto is None else onto.reshape(result.shape)
-        flags = dict(gated=gated, cleared=cleared)
-        options = flags | dict(zip(("a_offsets", "b_offsets", "columns", "widths"), places), ranks=np.int64(max_rank))
         living = _NO_NUMBERS if live is None else live.reshape(1)
+        options = dict(zip(("a_offsets", "b_offsets", "columns", "widths"), places), ranks=np.int64(max_rank), gated=gated, cleared=cleared)
         y = call(rows, w.data, scale, added, bank, start, row_slot, rank, living, eps=np.float32(eps), **options)
         return y.reshape(*x.shape[:-1], w.n)
 
