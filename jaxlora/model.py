@@ -103,10 +103,14 @@ class SeparateLinears:
         """`[..., out]` of one linear layer for x `[..., in]`."""
         raise NotImplementedError
 
+    def values(self, x: Input) -> Array:
+        """What the layers read."""
+        return x.values() if isinstance(x, (Normed, Gated)) else x
+
     def __call__(
         self, dense: Mapping[str, Any], own: Any, names: tuple[str, ...], x: Input, onto: Array | None = None
     ) -> tuple[Array, ...]:
-        x = x.values() if isinstance(x, (Normed, Gated)) else x
+        x = self.values(x)
         found = tuple(self.one(dense[name], own, name, x) for name in names)
         return found if onto is None else tuple(onto + y for y in found)
 

@@ -12,8 +12,9 @@ from jax import Array
 
 from jaxlora import native
 from jaxlora.lora import Adapter
-from jaxlora.model import attend_whole
-from jaxlora.weights import Packing, PlainPacking
+from jaxlora.model import Gated, Input, Normed, attend_whole
+from jaxlora.weights import Dense, Packing, PlainPacking
+from training.log_probs import target_log_probs
 
 
 class Machine(Protocol):
@@ -26,6 +27,12 @@ class Machine(Protocol):
 
     def adapted(self, dense: Any, adapter: Adapter, name: str, x: Array) -> Array:
         """The linear layer `dense` of x `[..., in]`, with the module of that name, which the adapter (of one layer) has."""
+
+    def values(self, x: Input) -> Array:
+        """What linear layers read."""
+
+    def log_probs(self, head: Any, hidden: Array, targets: Array, temperature: Array) -> Array:
+        """As `training.log_probs.target_log_probs`, of the output layer as the machine's packing makes it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +47,12 @@ class XlaMachine:
     def adapted(self, dense: Any, adapter: Adapter, name: str, x: Array) -> Array:
         return adapter(name, x, dense(x))
 
+    def values(self, x: Input) -> Array:
+        return x.values() if isinstance(x, (Normed, Gated)) else x
+
+    def log_probs(self, head: Dense, hidden: Array, targets: Array, temperature: Array) -> Array:
+        return target_log_probs(head, hidden, targets, temperature)
+
 
 @struct.dataclass
 class FrozenDense:
@@ -53,10 +66,6 @@ class FrozenDense:
         """float32 `[..., in] -> [..., out]`, with a gradient for x."""
         y = native.frozen_linear(x, self.forward, self.back)
         return y if self.bias is None else y + self.bias
-
-    def transposed(self, y: Array) -> Array:
-        """float32 `[..., out] -> [..., in]`: y times the transposed weights."""
-        return native.Kernels.linear(y, self.back)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +103,14 @@ class NativeMachine:
         scale = dict(adapter.scales)[name]
         y = native.adapted_linear(x, dense.forward, dense.back, adapter.a[name], adapter.b[name], scale)
         return y if dense.bias is None else y + dense.bias
+
+    def values(self, x: Input) -> Array:
+        if isinstance(x, Normed):
+            return native.frozen_norm(*x)
+        return native.swiglu(*x.gate_up) if isinstance(x, Gated) else x
+
+    def log_probs(self, head: FrozenDense, hidden: Array, targets: Array, temperature: Array) -> Array:
+        return native.frozen_log_probs(hidden, head.forward, head.back, head.bias, targets, temperature)
 
 
 def choose(build_dir: pathlib.Path, dtype: str, progress: Callable[[str], None] = lambda line: None) -> Machine:

@@ -13,7 +13,7 @@ Contract
 Knows nothing of models, adapters as files, or the engine.
 """
 
-from jaxlora.native.gradients import adapted_linear, causal_attention, frozen_linear
+from jaxlora.native.gradients import adapted_linear, causal_attention, frozen_linear, frozen_log_probs, frozen_norm, swiglu
 from jaxlora.native.kernels import Kernels
 from jaxlora.native.loading import load
 from jaxlora.native.operands import LoraModule, LoraRows, Packed, pack_linear, pack_lora
@@ -27,9 +27,12 @@ __all__ = [
     "adapted_linear",
     "causal_attention",
     "frozen_linear",
+    "frozen_log_probs",
+    "frozen_norm",
     "load",
     "pack_linear",
     "pack_lora",
+    "swiglu",
     "twin_argmax_logsumexp",
     "twin_attention",
     "twin_draw",

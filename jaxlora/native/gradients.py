@@ -1,6 +1,7 @@
 """The kernels that training needs, with their gradients: products with frozen weights, and causal attention over whole sequences."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,87 @@ def _adapted_backward(scale: float, kept: tuple, slope: Array) -> tuple[Array | 
 
 
 _adapted.defvjp(_adapted_forward, _adapted_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def frozen_norm(x: Array, scale: Array, eps: float) -> Array:
+    """As `Kernels.rms_norm`. Only x has a gradient."""
+    return Kernels.rms_norm(x, scale, eps)
+
+
+def _norm_forward(x: Array, scale: Array, eps: float) -> tuple[Array, tuple[Array, Array]]:
+    return Kernels.rms_norm(x, scale, eps), (x, scale)
+
+
+def _norm_backward(eps: float, kept: tuple[Array, Array], slope: Array) -> tuple[Array, None]:
+    rows, slopes = (y.reshape(-1, slope.shape[-1]) for y in (kept[0], slope))
+    call = jax.ffi.ffi_call("jaxlora_rms_norm_gradient", jax.ShapeDtypeStruct(rows.shape, jnp.float32))
+    return call(rows, kept[1], slopes, eps=np.float32(eps)).reshape(slope.shape), None
+
+
+frozen_norm.defvjp(_norm_forward, _norm_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate: Array, up: Array) -> Array:
+    """float32 [..., n]: silu(gate) * up (Shazeer 2020). Its gradient keeps these two only."""
+    return _swiglu("jaxlora_swiglu", 1, gate, up)[0]
+
+
+def _swiglu_forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
+    return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, ...]:
+    return tuple(_swiglu("jaxlora_swiglu_gradient", 2, *kept, slope))
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _swiglu(target: str, count: int, *inputs: Array) -> list[Array]:
+    rows = [x.reshape(-1, x.shape[-1]) for x in inputs]
+    results = [jax.ShapeDtypeStruct(rows[0].shape, jnp.float32)] * count
+    return [y.reshape(inputs[0].shape) for y in jax.ffi.ffi_call(target, results)(*rows)]
+
+
+@jax.custom_vjp
+def frozen_log_probs(x: Array, w: Packed, transposed: Packed, bias: Array | None, targets: Array, temperature: Array) -> Array:
+    """float32 [m] = log_softmax((x @ w + bias) / temperature) at the targets, with a gradient for x, which is computed together with it: logits lie
+    in memory for some tokens at a time only.
+
+    Arguments:
+        x: float32 [m, k].
+        w, transposed: float32 or bfloat16 weights [k, n] packed as they are and transposed.
+        bias: float32 [n].
+        targets: int32 [m]; the result is 0 where one is negative, and nothing is computed.
+        temperature: float32 scalar above 0.
+
+    Raises:
+        jax.errors.JaxRuntimeError: as it runs, where a target is n or more.
+    """
+    return _log_probs(x, w, transposed, bias, targets, temperature, False)[0]
+
+
+def _log_probs_forward(x: Array, *others: Any) -> tuple[Array, Array]:
+    return tuple(_log_probs(x, *others, True))
+
+
+def _log_probs_backward(slopes: Array, slope: Array) -> tuple[Array | None, ...]:
+    return slope[:, None] * slopes, None, None, None, None, None
+
+
+frozen_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+
+
+def _log_probs(
+    x: Array, w: Packed, transposed: Packed, bias: Array | None, targets: Array, temperature: Array, sloped: bool
+) -> list[Array]:
+    """With the slopes of x, float32 [m, k], or without any, [0, k]."""
+    m, k = x.shape
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((m,), (m if sloped else 0, k))]
+    bias, factor = jnp.zeros(0) if bias is None else bias, (1 / temperature).astype(jnp.float32).reshape(1)
+    return jax.ffi.ffi_call("jaxlora_log_probs", results)(x, w.data, transposed.data, bias, targets, factor, n=np.int64(w.n))
 
 
 def causal_attention(q: Array, k: Array, v: Array, segments: Array | None = None, *, scale: float, window: int = 0) -> Array:

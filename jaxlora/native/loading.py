@@ -12,7 +12,8 @@ from jaxlora.native import build, selfcheck
 from jaxlora.native.kernels import Kernels
 
 _TARGETS = (
-    "linear", "attention", "causal", "causal_gradient", "adapted", "adapted_gradient", "place", "summarize", "draw", "embed", "rms_norm",
+    "linear", "attention", "causal", "causal_gradient", "adapted", "adapted_gradient", "log_probs", "place", "summarize", "draw", "embed",
+    "rms_norm", "rms_norm_gradient", "swiglu", "swiglu_gradient",
 )  # fmt: skip
 _lock = threading.Lock()
 _core: list[ctypes.CDLL] = []  # at most one: the targets of jax.ffi belong to the process

@@ -14,7 +14,7 @@ from jax import Array
 
 from jaxlora.int8 import quantize
 from jaxlora.int8_size import GROUP
-from jaxlora.native.gradients import adapted_linear, causal_attention
+from jaxlora.native.gradients import adapted_linear, causal_attention, frozen_log_probs, frozen_norm, swiglu
 from jaxlora.native.kernels import Kernels
 from jaxlora.native.operands import LoraModule, LoraRows
 from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_draw, twin_linear, twin_rms_norm
@@ -124,6 +124,21 @@ def _adapted(kernels: Kernels) -> bool:
     return _close(*(_with_slopes(f, slope, x, a, b) for f in (lambda *xab: adapted_linear(xab[0], *packed, *xab[1:], 0.3), plain)))
 
 
+def _log_probs(kernels: Kernels) -> bool:
+    # More of the vocabulary than is multiplied at a time.
+    w, x, slope, targets = _normal(32, 2100), _normal(5, 32), _normal(5), jnp.int32([0, 2099, -1, 2048, 7])
+    packed, one = (kernels.pack_linear(w), kernels.pack_linear(w.T)), jnp.float32(1)
+    plain = lambda x: jnp.where(targets < 0, 0.0, jax.nn.log_softmax(twin_linear(x, w))[jnp.arange(5), targets])
+    return _close(*(_with_slopes(f, slope, x) for f in (lambda x: frozen_log_probs(x, *packed, None, targets, one), plain)))
+
+
+def _elements(kernels: Kernels) -> bool:
+    x, up, scale = _normal(17, 70), _normal(17, 70) + 1, _normal(70)
+    norms = (lambda x: frozen_norm(x, scale, 1e-5)), (lambda x: twin_rms_norm(x, scale, 1e-5))
+    gates = swiglu, lambda gate, up: jax.nn.silu(gate) * up
+    return _close(*(_with_slopes(f, up, x) for f in norms)) and _close(*(_with_slopes(f, x, x, up) for f in gates))
+
+
 def _with_slopes(function: Callable[..., Array], slope: np.ndarray, *inputs: np.ndarray) -> tuple:
     @jax.jit
     def compiled(slope: Array, *inputs: Array) -> tuple:
@@ -167,5 +182,6 @@ _CHECKS = {
     for dtype in ("float32", "bfloat16")
 } | {
     "linear in int8": _int8, "lora in int8": functools.partial(_lora, "int8"), "causal_attention": _causal, "adapted_linear": _adapted,
+    "log_probs": _log_probs, "norm and gate": _elements,
     "argmax_logsumexp": _summary, "draw": _draw, "embed": _rows, "norm, gate and sum around linear": _around,
 }  # fmt: skip

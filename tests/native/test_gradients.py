@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlora import native
-from jaxlora.model import attend_whole
+from jaxlora.model import attend_whole, rms_norm
 
 from .arrays import DTYPES, ROUNDING, normal, same_bits
 
@@ -84,6 +84,70 @@ def test_a_linear_layer_with_an_adapter_and_its_gradient(
     plain = lambda x, a, b: native.twin_linear(x, w) + 0.7 * native.twin_linear(native.twin_linear(x, a.T), b.T)
     rounded = dtype == "bfloat16" and kernels.isa in ROUNDING  # x and slopes too
     assert_close(ours, slopes(plain, x, a, b), 1e-2 if rounded else 2e-6)
+
+
+# Tokens, inputs, vocabulary: more of both than a call computes at a time, and sizes that no vector or pair divides.
+LOG_PROBS = [(1, 16, 2), (20, 75, 70), (7, 32, 2049), (300, 48, 4100)]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m, k, n", LOG_PROBS)
+def test_log_probs_and_their_gradient(kernels: native.Kernels, m: int, k: int, n: int, dtype: str, biased: bool) -> None:
+    x, w = jnp.asarray(normal(0, m, k)), jnp.asarray(normal(1, k, n)).astype(dtype)
+    packed, back = (native.pack_linear(side, kernels.panel) for side in (w, w.T))
+    bias = jnp.asarray(normal(2, n)) if biased else None
+    targets = np.random.default_rng(3).integers(0, n, m)
+    targets[1::3] = -1
+    temperature = jnp.float32(0.7)
+
+    def plain(x: Array) -> Array:
+        found = jax.nn.log_softmax((native.twin_linear(x, w) + (bias if biased else 0)) / temperature)
+        return jnp.where(targets < 0, 0.0, found[jnp.arange(m), targets])
+
+    log_probs = lambda x: native.frozen_log_probs(x, packed, back, bias, jnp.asarray(targets), temperature)
+    ours = slopes(log_probs, x)
+    rounded = dtype == "bfloat16" and kernels.isa in ROUNDING  # x and slopes too
+    assert_close(ours, slopes(plain, x), 2e-2 if rounded else 2e-6)
+    assert same_bits(log_probs(x), ours[0]) and not ours[0][targets < 0].any() and not ours[1][0][targets < 0].any()
+
+
+def test_a_token_has_the_log_prob_that_it_has_alone(kernels: native.Kernels) -> None:
+    x, w = jnp.asarray(normal(0, 150, 48)), jnp.asarray(normal(1, 48, 4100))
+    packed, back = (native.pack_linear(side, kernels.panel) for side in (w, w.T))
+    targets = jnp.arange(150) * 27
+    compute = lambda x, targets: slopes(lambda x: native.frozen_log_probs(x, packed, back, None, targets, jnp.float32(1)), x)
+    together = compute(x, targets)[0]
+    for row in (0, 127, 149):
+        assert same_bits(compute(x[row : row + 1], targets[row : row + 1])[0], together[row : row + 1])
+
+
+def test_log_probs_of_numbers_that_are_none_tell(kernels: native.Kernels) -> None:
+    x, w = jnp.asarray(normal(0, 20, 32)), jnp.asarray(normal(1, 32, 100))
+    packed, back = (native.pack_linear(side, kernels.panel) for side in (w, w.T))
+    for value in (jnp.nan, jnp.inf):
+        found, (slope,) = slopes(
+            lambda x: native.frozen_log_probs(x, packed, back, None, jnp.arange(20), jnp.float32(1)), x.at[3, 5].set(value)
+        )
+        told = ~np.isfinite(found)
+        assert told[3] and told.sum() == 1 and not np.isfinite(slope[3]).all() and np.isfinite(np.delete(slope, 3, 0)).all()
+
+
+def test_a_target_that_is_no_token_is_refused(kernels: native.Kernels) -> None:
+    w = jnp.asarray(normal(1, 32, 100))
+    packed, back = (native.pack_linear(side, kernels.panel) for side in (w, w.T))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="target"):
+        jax.block_until_ready(native.frozen_log_probs(jnp.zeros((1, 32)), packed, back, None, jnp.int32([100]), jnp.float32(1)))
+
+
+# With so many rows threads share the work; 35 is no whole vector.
+@pytest.mark.parametrize("shape", [(1, 3), (3, 5, 35), (600, 64)])
+def test_norm_and_gate_and_their_gradients(kernels: native.Kernels, shape: tuple[int, ...]) -> None:
+    x, up, scale = jnp.asarray(normal(0, *shape)) * 5, jnp.asarray(normal(1, *shape)), jnp.asarray(normal(2, shape[-1])) + 1
+    ours = slopes(lambda x: native.frozen_norm(x, scale, 1e-5), x)
+    assert_close(ours, slopes(lambda x: rms_norm(x, scale, 1e-5), x))
+    assert same_bits(ours[0], native.Kernels.rms_norm(x, scale, 1e-5))
+    assert_close(slopes(native.swiglu, x, up), slopes(lambda gate, up: jax.nn.silu(gate) * up, x, up))
 
 
 def test_an_adapter_that_no_row_used_has_no_gradient(kernels: native.Kernels) -> None:

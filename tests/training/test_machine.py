@@ -94,6 +94,8 @@ def test_an_adapter_of_some_modules_and_the_output_layer(folders, kernels_machin
     ours, facts = step(folders("llama"), kernels_machine, StepOptions(0), targets=targets)
     theirs, wanted = step(folders("llama"), XlaMachine(), StepOptions(0), targets=targets)
     assert any("lm_head" in path for path in ours.a)
+    # The logits are large here. In float64 the norm is 8.886878; XLA's is up to 5e-6 of it away, as it happens to compile, and the kernels' 1.4e-5.
+    assert facts.pop("norm") == pytest.approx(wanted.pop("norm"), rel=3e-5)
     assert facts == pytest.approx(wanted, rel=1e-5)
     assert_close(ours, theirs, 1e-4)
 

@@ -14,7 +14,7 @@ from jaxlora import lora, model, peft, weights
 from jaxlora.config import ModelConfig
 from jaxlora.lora import Adapter
 from jaxlora.weights import Weights
-from training import policy
+from training import log_probs, policy
 from training.batches import Batches, pack
 from training.lora_init import new_adapter
 from training.losses.sft import sft
@@ -277,7 +277,7 @@ def test_noise_is_a_function_of_the_step_and_gone_in_evaluation(config: ModelCon
 def test_log_probs_are_those_of_the_logits(
     config: ModelConfig, base: Weights, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy, "BLOCK", 16)
+    monkeypatch.setattr(log_probs, "BLOCK", 16)
     data = {name: jnp.asarray(array[0]) for name, array in window(examples(), 1, 8).items()}
     tokens, wanted = data["tokens"], data["mask"]
     weight = jax.random.normal(KEY, tokens.shape)

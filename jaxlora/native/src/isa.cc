@@ -60,9 +60,13 @@ constexpr Kernels kKernels = {
     lora_up_bf16,
     lora_up<WideLora<int8_t>>,
     summarize,
+    log_prob,
+    log_prob_slopes,
     draw,
     rms_norm,
+    rms_norm_gradient,
     swiglu,
+    swiglu_gradient,
 };
 
 }  // namespace

@@ -45,6 +45,7 @@ struct Linear {
   bool onto;
   Update update;
   Later later;
+  int64_t of_panel;  // values of k that a panel of w holds, of which the first k are read
 };
 
 // The same in half precision (halves.h): w is float16 [panels][k][panel], and x what `halve_rows` made of float32 rows.
@@ -162,6 +163,13 @@ inline int64_t draw_space(int64_t n) {
   return 3 * ((n + 15) / 16 * 16);
 }
 
+// softmax(factor logits) of a row: exp(factor (logits - highest)) / total.
+struct SoftmaxRow {
+  const float* logits;
+  int64_t n;
+  float factor, highest, total;
+};
+
 struct Kernels {
   const char* name;
   int panel;  // columns of a panel of packed weights
@@ -200,12 +208,19 @@ struct Kernels {
   void (*lora_up_i8)(const Lora&, int64_t begin, int64_t end);
   // Items are rows of logits [m, n].
   void (*summarize)(const float* logits, int32_t* argmax, float* logsumexp, int64_t n, int64_t begin, int64_t end);
+  // The logarithm of the probability of `target`; sets the row's `highest` and `total`.
+  float (*log_prob)(SoftmaxRow*, int64_t target);
+  // to [end - begin]: what it changes by with the logits [begin, end).
+  void (*log_prob_slopes)(const SoftmaxRow&, int64_t target, float* to, int64_t begin, int64_t end);
   // Items are rows.
   void (*draw)(const Draw&, float* space, int64_t begin, int64_t end);
   // Items are rows of x [m, n].
   void (*rms_norm)(const float* x, const float* scale, float eps, float* y, int64_t n, int64_t begin, int64_t end);
-  // Items are rows of y [m, n], from x [m, 2 n].
-  void (*swiglu)(const float* x, float* y, int64_t n, int64_t begin, int64_t end);
+  void (*rms_norm_gradient)(const float* x, const float* scale, float eps, const float* slope, float* dx, int64_t n, int64_t begin, int64_t end);
+  // Items are rows of y [m, n]; those of gate and up [m, n] begin `stride` values after each other.
+  void (*swiglu)(const float* gate, const float* up, int64_t stride, float* y, int64_t n, int64_t begin, int64_t end);
+  // Items are values.
+  void (*swiglu_gradient)(const float* gate, const float* up, const float* slope, float* d_gate, float* d_up, int64_t begin, int64_t end);
 };
 
 // n, or the next multiple above it. Not `inline`: each instruction set has its own.

@@ -225,17 +225,17 @@ INLINE void multiply_tile(const Linear& a, const Tile& t, int64_t k, const typen
   });
 }
 
-// `k` counts values of X.
+// `k` and `of_panel` count values of X.
 template <typename Step>
-INLINE void linear(const Linear& a, int64_t k, int64_t begin, int64_t end) {
-  const int64_t steps = (k + Step::kDepth - 1) / Step::kDepth, values = steps * kPanel;
+INLINE void linear(const Linear& a, int64_t k, int64_t of_panel, int64_t begin, int64_t end) {
+  const int64_t steps = (k + Step::kDepth - 1) / Step::kDepth, values = (of_panel + Step::kDepth - 1) / Step::kDepth * kPanel;
   const auto* w = static_cast<const typename Step::W*>(a.w);
   each_tile<Step::kRows>(a.m, a.n, w, values * sizeof *w, steps, a.later, begin, end,
                          [&](const Tile& t) { multiply_tile<Step>(a, t, k, w + t.panel * values, t.next_step); });
 }
 
 void linear_f32(const Linear& a, int64_t begin, int64_t end) {
-  linear<F32>(a, a.k, begin, end);
+  linear<F32>(a, a.k, a.of_panel, begin, end);
 }
 
 #ifdef __AVX512BF16__
@@ -246,7 +246,7 @@ constexpr int kRoundedTo = 32;  // linear_bf16 is that of tiles.h
 constexpr int kRoundedTo = 2;
 
 void linear_bf16(const Linear& a, int64_t begin, int64_t end) {
-  linear<PairsBf16>(a, (a.k + 1) / 2, begin, end);
+  linear<PairsBf16>(a, (a.k + 1) / 2, (a.of_panel + 1) / 2, begin, end);
 }
 #endif
 
@@ -269,17 +269,17 @@ constexpr int64_t kWidenedRows = 24, kWidenedBytes = 256 << 10;  // rows that pa
 
 // With many rows a panel is widened once, instead of by every tile: the same products in the same order.
 void linear_widened(const Linear& a, int64_t begin, int64_t end) {
-  const int64_t steps = (a.k + 1) / 2, values = steps * kPanel;
+  const int64_t steps = (a.k + 1) / 2, values = steps * kPanel, of_panel = (a.of_panel + 1) / 2 * kPanel;
   const auto* w = static_cast<const uint32_t*>(a.w);
   thread_local Memory memory;
   float* panel = memory.reserve(2 * values);
   int64_t widened = -1;
-  each_tile<F32::kRows>(a.m, a.n, w, values * sizeof *w, steps, a.later, begin, end, [&](const Tile& t) {
+  each_tile<F32::kRows>(a.m, a.n, w, of_panel * sizeof *w, steps, a.later, begin, end, [&](const Tile& t) {
     if (t.panel != widened) {
       for (int64_t i = 0; i < values; i += kWidth) {
         const int64_t step = i / kPanel * kPanel;
-        store(panel + step + i, even_bf16(w + t.panel * values + i));
-        store(panel + step + i + kPanel, odd_bf16(w + t.panel * values + i));
+        store(panel + step + i, even_bf16(w + t.panel * of_panel + i));
+        store(panel + step + i + kPanel, odd_bf16(w + t.panel * of_panel + i));
       }
       widened = t.panel;
     }
@@ -291,7 +291,7 @@ void linear_bf16(const Linear& a, int64_t begin, int64_t end) {
   if (kWidens && a.m >= kWidenedRows && a.k * kPanel * 4 <= kWidenedBytes) {
     linear_widened(a, begin, end);
   } else {
-    linear<WideBf16>(a, a.k, begin, end);
+    linear<WideBf16>(a, a.k, a.of_panel, begin, end);
   }
 }
 

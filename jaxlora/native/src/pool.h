@@ -15,6 +15,8 @@
 
 namespace jaxlora {
 
+constexpr int64_t kSerial = 1 << 14;  // values of rows below which waking a worker costs more than it saves
+
 class Pool {
  public:
   using Task = void (*)(const void* context, int64_t begin, int64_t end);

@@ -17,6 +17,10 @@ bool is_packed(const ffi::AnyBuffer& w, int64_t n, int64_t steps, int64_t of_ste
   return ws.size() == 3 && ws[0] == panels(n) && ws[1] == steps && ws[2] == of_step;
 }
 
+ffi::Error other_shape() {
+  return bad("the weights were packed for another shape");
+}
+
 }  // namespace
 
 Forms form_for(const ffi::AnyBuffer& w) {
@@ -31,28 +35,30 @@ Forms form_for(const ffi::AnyBuffer& w) {
   return forms;
 }
 
+ffi::Error multiply_part(const Rows& rows, const ffi::AnyBuffer& w, float* y, int64_t m, int64_t k, int64_t first, int64_t count, int64_t n,
+                         bool onto, const Update& update, const Later& later) {
+  const bool narrow = w.element_type() == ffi::U32;
+  if (!narrow && w.element_type() != ffi::F32) return bad("only weights packed as float32 or pairs of bfloat16 are read in part");
+  if (!is_packed(w, n, narrow ? (k + 1) / 2 : k, active->panel)) return other_shape();
+  const int64_t of_k = active->panel * (narrow ? 2 : 4);  // bytes
+  const void* part = static_cast<const char*>(w.untyped_data()) + first * of_k;
+  const Linear a{narrow ? rows.of_bf16() : rows.plain, part, y, m, count, n, onto, update, later, k};
+  const auto linear = narrow ? active->linear_bf16 : active->linear_f32;
+  share(part, count * of_k, m, n, [&](int64_t begin, int64_t end) { linear(a, begin, end); });
+  return ffi::Error::Success();
+}
+
 ffi::Error multiply(const Rows& rows, const ffi::AnyBuffer& w, float* y, int64_t m, int64_t k, int64_t n, bool onto,
                     const Update& update, const Later& later) {
-  const auto other_shape = [] { return bad("the weights were packed for another shape"); };
   const int64_t groups = (k + kGroup - 1) / kGroup, panel = active->panel, group_bytes = panel * kGroupBytes;
   switch (w.element_type()) {
-    case ffi::F32: {
-      if (!is_packed(w, n, k, panel)) return other_shape();
-      const Linear a{rows.plain, w.untyped_data(), y, m, k, n, onto, update, later};
-      share(a.w, panel * k * 4, m, n, [&](int64_t begin, int64_t end) { active->linear_f32(a, begin, end); });
-      break;
-    }
-    case ffi::U32: {
-      if (!is_packed(w, n, (k + 1) / 2, panel)) return other_shape();
-      const Linear a{rows.of_bf16(), w.untyped_data(), y, m, k, n, onto, update, later};
-      share(a.w, panel * k * 2, m, n, [&](int64_t begin, int64_t end) { active->linear_bf16(a, begin, end); });
-      break;
-    }
+    case ffi::F32:
+    case ffi::U32: return multiply_part(rows, w, y, m, k, 0, k, n, onto, update, later);
     case ffi::U16: {
       if (!active->linear_compact) return bad(std::string("weights packed in 12 bits can't be read by ") + active->name);
       const int64_t size = compact_size(k, panel);
       if (w.dimensions().size() != 2 || w.dimensions()[0] != panels(n) || w.dimensions()[1] != size) return other_shape();
-      const Linear a{rows.of_bf16(), w.untyped_data(), y, m, k, n, onto, update, later};
+      const Linear a{rows.of_bf16(), w.untyped_data(), y, m, k, n, onto, update, later, k};
       share(a.w, size * 2, m, n, [&](int64_t begin, int64_t end) { active->linear_compact(a, begin, end); }, 4);
       break;
     }

@@ -13,4 +13,8 @@ Forms form_for(const ffi::AnyBuffer& w);
 ffi::Error multiply(const Rows& rows, const ffi::AnyBuffer& w, float* y, int64_t m, int64_t k, int64_t n, bool onto,
                     const Update& update = {}, const Later& later = {});
 
+// The same for rows [m, count] with values [first, first + count) of k, `first` being a multiple of kGroup: for weights in float32 or bfloat16.
+ffi::Error multiply_part(const Rows& rows, const ffi::AnyBuffer& w, float* y, int64_t m, int64_t k, int64_t first, int64_t count, int64_t n,
+                         bool onto, const Update& update = {}, const Later& later = {});
+
 }  // namespace jaxlora

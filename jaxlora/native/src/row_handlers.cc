@@ -7,6 +7,16 @@
 namespace jaxlora {
 namespace {
 
+// body(begin, end) for rows of n values each, by all threads where there are many.
+template <typename Body>
+void split_rows(int64_t m, int64_t n, const Body& body) {
+  if (m * n < kSerial) {
+    body(0, m);
+  } else {
+    Pool::instance().split(m, body, 8);
+  }
+}
+
 ffi::Error summarize(F32 logits, ffi::ResultBuffer<ffi::S32> argmax, ffi::ResultBuffer<ffi::F32> logsumexp) {
   const auto shape = logits.dimensions();
   if (shape.size() != 2 || shape[1] == 0 || argmax->element_count() != static_cast<size_t>(shape[0]) ||
@@ -66,7 +76,46 @@ ffi::Error rms_norm(F32 x, F32 scale, F32Result y, float eps) {
   if (shape.size() != 2 || scale.element_count() != static_cast<size_t>(shape[1]) || y->element_count() != x.element_count()) {
     return bad("rms_norm takes x [m, n] and scale [n]");
   }
-  active->rms_norm(x.typed_data(), scale.typed_data(), eps, y->typed_data(), shape[1], 0, shape[0]);
+  split_rows(shape[0], shape[1], [&](int64_t begin, int64_t end) {
+    active->rms_norm(x.typed_data(), scale.typed_data(), eps, y->typed_data(), shape[1], begin, end);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error rms_norm_gradient(F32 x, F32 scale, F32 slope, F32Result dx, float eps) {
+  const auto shape = x.dimensions();
+  if (shape.size() != 2 || scale.element_count() != static_cast<size_t>(shape[1]) || slope.element_count() != x.element_count() ||
+      dx->element_count() != x.element_count()) {
+    return bad("rms_norm_gradient takes x and slope [m, n] and scale [n]");
+  }
+  split_rows(shape[0], shape[1], [&](int64_t begin, int64_t end) {
+    active->rms_norm_gradient(x.typed_data(), scale.typed_data(), eps, slope.typed_data(), dx->typed_data(), shape[1], begin, end);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error swiglu(F32 gate, F32 up, F32Result y) {
+  const auto shape = gate.dimensions();
+  if (shape.size() != 2 || up.element_count() != gate.element_count() || y->element_count() != gate.element_count()) {
+    return bad("swiglu takes gate and up [m, n]");
+  }
+  split_rows(shape[0], shape[1], [&](int64_t begin, int64_t end) {
+    active->swiglu(gate.typed_data(), up.typed_data(), shape[1], y->typed_data(), shape[1], begin, end);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error swiglu_gradient(F32 gate, F32 up, F32 slope, F32Result d_gate, F32Result d_up) {
+  const auto shape = gate.dimensions();
+  const size_t count = gate.element_count();
+  if (shape.size() != 2 || up.element_count() != count || slope.element_count() != count || d_gate->element_count() != count ||
+      d_up->element_count() != count) {
+    return bad("swiglu_gradient takes gate, up and slope [m, n]");
+  }
+  split_rows(shape[0], shape[1], [&](int64_t begin, int64_t end) {
+    active->swiglu_gradient(gate.typed_data(), up.typed_data(), slope.typed_data(), d_gate->typed_data(), d_up->typed_data(), begin * shape[1],
+                            end * shape[1]);
+  });
   return ffi::Error::Success();
 }
 
@@ -75,6 +124,10 @@ ffi::Error rms_norm(F32 x, F32 scale, F32Result y, float eps) {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_embed, embed, Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<S32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jaxlora_rms_norm, rms_norm, Ffi::Bind().Arg<F32>().Arg<F32>().Ret<F32>().Attr<float>("eps"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_rms_norm_gradient, rms_norm_gradient,
+                              Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>().Attr<float>("eps"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_swiglu, swiglu, Ffi::Bind().Arg<F32>().Arg<F32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_swiglu_gradient, swiglu_gradient, Ffi::Bind().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_summarize, summarize, Ffi::Bind().Arg<F32>().Ret<ffi::Buffer<ffi::S32>>().Ret<F32>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_draw, draw,

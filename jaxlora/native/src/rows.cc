@@ -3,8 +3,6 @@
 namespace jaxlora {
 namespace {
 
-constexpr int64_t kSerial = 1 << 14;  // values below which waking a worker costs more than it saves
-
 // One behind the other in memory, each from a cache line on.
 class Layout {
  public:
@@ -49,7 +47,7 @@ Rows prepare(const Input& input, Forms forms) {
   auto* const sums = reinterpret_cast<int32_t*>(base + offsets);
   const auto body = [&](int64_t begin, int64_t end) {
     if (input.scale) active->rms_norm(input.x, input.scale, input.eps, computed_rows, k, begin, end);
-    if (input.gated) active->swiglu(input.x, computed_rows, k, begin, end);
+    if (input.gated) active->swiglu(input.x, input.x + k, 2 * k, computed_rows, k, begin, end);
     if (forms.rounded) active->round_rows(x, rounded_rows, k, begin, end);
     if (forms.halves) active->halve_rows(x, halved, of_rows, k, begin, end);
     if (forms.quantized) active->quantize_rows(x, values, of_rows, sums, k, begin, end);

@@ -217,7 +217,7 @@ INLINE void each_panel(const Linear& a, int64_t pairs, int64_t bytes, int64_t be
 }
 
 void linear_bf16(const Linear& a, int64_t begin, int64_t end) {
-  const int64_t pairs = (a.k + 1) / 2, values = pairs * kPanel;
+  const int64_t pairs = (a.k + 1) / 2, values = (a.of_panel + 1) / 2 * kPanel;
   const auto* w = static_cast<const uint32_t*>(a.w);
   each_panel(a, pairs, values * sizeof *w, begin, end,
              [&](const Tile& t) { multiply_panel(a, t, pairs, PlainBlocks(w + t.panel * values, pairs, t)); });
