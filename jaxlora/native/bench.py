@@ -20,7 +20,7 @@ from jaxlora import allocator, native
 from jaxlora.config import Rope
 from jaxlora.int8 import quantize
 from jaxlora.int8_size import WEIGHT_BYTES
-from jaxlora.model import rotation
+from jaxlora.model import Gated, rms_norm, rotation
 
 LAYERS, HIDDEN, MLP, HEADS, KV, HEAD, VOCABULARY = 30, 576, 1536, 9, 3, 64, 49152
 QKV = (HEADS + 2 * KV) * HEAD
@@ -223,8 +223,37 @@ def bench_step(kernels: native.Kernels, repeat: int, length: int = 96) -> None:
                 )
 
 
+def bench_training(kernels: native.Kernels, repeat: int) -> None:
+    """What a training step of 1,024 tokens computes beside its linear layers, with gradients: kernels, and XLA between the same products."""
+    tokens = 1024
+    head = jnp.asarray(normal(HIDDEN, VOCABULARY))
+    packed = tuple(kernels.pack_linear(side) for side in (head, head.T))
+    targets, one = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, tokens)), jnp.float32(1)
+    scale, hidden, wide = jnp.ones(HIDDEN), jnp.asarray(normal(tokens, HIDDEN)), jnp.asarray(normal(tokens, MLP))
+
+    def log_probs(x):
+        parts = zip(jnp.split(x, 4), jnp.split(targets, 4))  # whose logits lie in memory at a time
+        return jnp.concatenate(
+            [jnp.take_along_axis(jax.nn.log_softmax(native.frozen_linear(part, *packed)), of[:, None], axis=1)[:, 0] for part, of in parts]
+        )
+
+    cases = {
+        "log_probs": (lambda x: native.frozen_log_probs(x, *packed, None, targets, one), log_probs, [hidden]),
+        "norm": (lambda x: native.frozen_norm(x, scale, 1e-5), lambda x: rms_norm(x, scale, 1e-5), [hidden]),
+        "swiglu": (native.swiglu, lambda gate, up: Gated((gate, up)).values(), [wide, wide]),
+    }
+    for name, (ours, plain, inputs) in cases.items():
+        variants = {}
+        for variant, function in (("kernel", ours), ("XLA", plain)):
+            result = jnp.ones_like(function(*inputs))
+            both = jax.jit(lambda slope, *inputs, function=function: (lambda y, back: (y, back(slope)))(*jax.vjp(function, *inputs)))
+            variants[variant] = functools.partial(both, result, *inputs)
+        for variant, timing in measure(variants, repeat).items():
+            print(f"training {name:10} {variant:7} {timing}")
+
+
 def main() -> None:
-    benches = {"linear": bench_linear, "attention": bench_attention, "lora": bench_lora, "step": bench_step}
+    benches = {"linear": bench_linear, "attention": bench_attention, "lora": bench_lora, "step": bench_step, "training": bench_training}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", choices=[*benches, []], help="all by default")
     parser.add_argument("--repeat", type=int, default=15)
