@@ -13,6 +13,7 @@ from jax import Array
 from jaxlora import native
 from jaxlora.lora import Adapter
 from jaxlora.model import Gated, Input, Normed, attend_whole
+from jaxlora.native import Dropout
 from jaxlora.weights import Dense, Packing, PlainPacking
 from training.log_probs import target_log_probs
 
@@ -25,8 +26,9 @@ class Machine(Protocol):
     def attend(self, q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:
         """As `jaxlora.model.attend_whole`."""
 
-    def adapted(self, dense: Any, adapter: Adapter, name: str, x: Array) -> Array:
-        """The linear layer `dense` of x `[..., in]`, with the module of that name, which the adapter (of one layer) has."""
+    def adapted(self, dense: Any, adapter: Adapter, name: str, x: Array, dropout: Dropout | None) -> Array:
+        """The linear layer `dense` of x `[..., in]`, with the module of that name, which the adapter (of one layer) has, and which reads
+        what dropout leaves of x."""
 
     def values(self, x: Input) -> Array:
         """What linear layers read."""
@@ -44,8 +46,8 @@ class XlaMachine:
     def attend(self, q: Array, k: Array, v: Array, window: int = 0, segments: Array | None = None) -> Array:
         return attend_whole(q, k, v, window, segments)
 
-    def adapted(self, dense: Any, adapter: Adapter, name: str, x: Array) -> Array:
-        return adapter(name, x, dense(x))
+    def adapted(self, dense: Any, adapter: Adapter, name: str, x: Array, dropout: Dropout | None) -> Array:
+        return adapter(name, dropout.apply(x) if dropout else x, dense(x))
 
     def values(self, x: Input) -> Array:
         return x.values() if isinstance(x, (Normed, Gated)) else x
@@ -99,9 +101,9 @@ class NativeMachine:
             return attend_whole(q, k, v, window, segments)
         return native.causal_attention(q, k, v, segments, scale=q.shape[-1] ** -0.5, window=window)
 
-    def adapted(self, dense: FrozenDense, adapter: Adapter, name: str, x: Array) -> Array:
+    def adapted(self, dense: FrozenDense, adapter: Adapter, name: str, x: Array, dropout: Dropout | None) -> Array:
         scale = dict(adapter.scales)[name]
-        y = native.adapted_linear(x, dense.forward, dense.back, adapter.a[name], adapter.b[name], scale)
+        y = native.adapted_linear(x, dense.forward, dense.back, adapter.a[name], adapter.b[name], scale, dropout)
         return y if dense.bias is None else y + dense.bias
 
     def values(self, x: Input) -> Array:

@@ -13,6 +13,7 @@ Contract
 Knows nothing of models, adapters as files, or the engine.
 """
 
+from jaxlora.native.dropout import Dropout
 from jaxlora.native.gradients import adapted_linear, causal_attention, frozen_linear, frozen_log_probs, frozen_norm, swiglu
 from jaxlora.native.kernels import Kernels
 from jaxlora.native.loading import load
@@ -20,6 +21,7 @@ from jaxlora.native.operands import LoraModule, LoraRows, Packed, pack_linear, p
 from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_draw, twin_linear, twin_rms_norm
 
 __all__ = [
+    "Dropout",
     "Kernels",
     "LoraModule",
     "LoraRows",

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora.native.dropout import Dropout
 from jaxlora.native.kernels import Kernels
 from jaxlora.native.operands import Packed
 
@@ -31,8 +32,10 @@ def _linear_backward(transposed: Packed, slope: Array) -> tuple[Array, None, Non
 frozen_linear.defvjp(_linear_forward, _linear_backward)
 
 
-def adapted_linear(x: Array, w: Packed, transposed: Packed, a: Array, b: Array, scale: float) -> Array:
-    """float32 [..., n] = x @ w + scale * (x @ a^T) @ b^T with gradients for x, a and b.
+def adapted_linear(
+    x: Array, w: Packed, transposed: Packed, a: Array, b: Array, scale: float, dropout: Dropout | None = None
+) -> Array:
+    """float32 [..., n] = x @ w + scale * (dropout(x) @ a^T) @ b^T with gradients for x, a and b.
 
     Arguments:
         x: float32 [..., k].
@@ -42,29 +45,37 @@ def adapted_linear(x: Array, w: Packed, transposed: Packed, a: Array, b: Array, 
     """
     if w.data.dtype == jnp.float16 or w.k % 16 or w.n % 16:
         y = frozen_linear(x, w, transposed)
-        down = jnp.einsum("mk,rk->mr", x.reshape(-1, w.k), a, precision="highest")
+        down = jnp.einsum("mk,rk->mr", (dropout.apply(x) if dropout else x).reshape(-1, w.k), a, precision="highest")
         return y + scale * jnp.einsum("mr,nr->mn", down, b, precision="highest").reshape(y.shape)
-    return _adapted(scale, x.reshape(-1, w.k), w, transposed, a, b).reshape(*x.shape[:-1], w.n)
+    words, numbers = np.zeros(0, np.uint32), (np.float32(scale), np.int64(0), np.float32(1))
+    if dropout:
+        words, numbers = dropout.words, (np.float32(scale), np.int64(dropout.limit), dropout.factor)
+    return _adapted(numbers, x.reshape(-1, w.k), w, transposed, a, b, words).reshape(*x.shape[:-1], w.n)
+
+
+_NUMBERS = ("scale", "limit", "factor")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _adapted(scale: float, x: Array, w: Packed, transposed: Packed, a: Array, b: Array) -> Array:
-    return _adapted_forward(scale, x, w, transposed, a, b)[0]
+def _adapted(numbers: tuple, *arrays: Any) -> Array:
+    return _adapted_forward(numbers, *arrays)[0]
 
 
-def _adapted_forward(scale: float, x: Array, w: Packed, transposed: Packed, a: Array, b: Array) -> tuple[Array, tuple]:
+def _adapted_forward(
+    numbers: tuple, x: Array, w: Packed, transposed: Packed, a: Array, b: Array, words: Array
+) -> tuple[Array, tuple]:
     ranks = -(-a.shape[0] // 16) * 16  # filled up to whole vectors
     results = [jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32) for width in (w.n, ranks)]
-    y, h = jax.ffi.ffi_call("jaxlora_adapted", results)(x, w.data, a, b, scale=np.float32(scale))
-    return y, (x, h, transposed, a, b)
+    y, h = jax.ffi.ffi_call("jaxlora_adapted", results)(x, w.data, a, b, words, **dict(zip(_NUMBERS, numbers)))
+    return y, (x, h, transposed, a, b, words)
 
 
-def _adapted_backward(scale: float, kept: tuple, slope: Array) -> tuple[Array | None, ...]:
-    x, h, transposed, a, b = kept
+def _adapted_backward(numbers: tuple, kept: tuple, slope: Array) -> tuple[Array | None, ...]:
+    x, h, transposed, a, b, words = kept
     results = [jax.ShapeDtypeStruct(like.shape, jnp.float32) for like in (x, a, b)]
     call = jax.ffi.ffi_call("jaxlora_adapted_gradient", results)
-    dx, da, db = call(x, h, transposed.data, a, b, slope, scale=np.float32(scale))
-    return dx, None, None, da, db
+    dx, da, db = call(x, h, transposed.data, a, b, slope, words, **dict(zip(_NUMBERS, numbers)))
+    return dx, None, None, da, db, None
 
 
 _adapted.defvjp(_adapted_forward, _adapted_backward)

@@ -86,6 +86,17 @@ def test_a_linear_layer_with_an_adapter_and_its_gradient(
     assert_close(ours, slopes(plain, x, a, b), 1e-2 if rounded else 2e-6)
 
 
+@pytest.mark.parametrize("m, k, n, rank", LINEAR)
+def test_dropout_is_that_of_plain_jax(kernels: native.Kernels, m: int, k: int, n: int, rank: int) -> None:
+    x, a, b = jnp.asarray(normal(0, m, k)), jnp.asarray(normal(1, rank, k)), jnp.asarray(normal(2, n, rank))
+    w = jnp.asarray(normal(3, k, n)) / k**0.5
+    packed, back = (native.pack_linear(side, kernels.panel) for side in (w, w.T))
+    dropout = native.Dropout.of(jnp.array([5, 6], jnp.uint32), jnp.uint32(7), 0.6)
+    ours = slopes(lambda x, a, b: native.adapted_linear(x, packed, back, a, b, 0.7, dropout), x, a, b)
+    plain = lambda x, a, b: native.twin_linear(x, w) + 0.7 * native.twin_linear(native.twin_linear(dropout.apply(x), a.T), b.T)
+    assert_close(ours, slopes(plain, x, a, b))
+
+
 # Tokens, inputs, vocabulary: more of both than a call computes at a time, and sizes that no vector or pair divides.
 LOG_PROBS = [(1, 16, 2), (20, 75, 70), (7, 32, 2049), (300, 48, 4100)]
 

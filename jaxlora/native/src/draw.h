@@ -8,8 +8,6 @@ constexpr float kNothing = -__builtin_inff();
 // Noise lies between -4.5 and 16: what is e^-20.5 times as likely as the first is never drawn, and gets none.
 constexpr float kNeverDrawn = 1.2e-9f;
 
-typedef uint32_t Words __attribute__((vector_size(sizeof(Vec))));
-
 // The random bits of a counter (a, b) under a key: threefry2x32 of Salmon et al. 2011, with 20 rounds.
 template <typename T>
 INLINE T threefry(const uint32_t (&key)[2], T& a, T& b) {

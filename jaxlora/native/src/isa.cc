@@ -41,6 +41,7 @@ constexpr Kernels kKernels = {
     linear_f32,
     linear_bf16,
     linear_compact,
+    drop,
     project_rows,
     project_columns,
     halve_rows,

@@ -163,6 +163,12 @@ inline int64_t draw_space(int64_t n) {
   return 3 * ((n + 15) / 16 * 16);
 }
 
+// Of values by their index: those whose hash is below `limit` are multiplied with `factor`, the others become 0 (jaxlora/native/dropout.py).
+struct Dropout {
+  uint32_t first, second, limit;
+  float factor;
+};
+
 // softmax(factor logits) of a row: exp(factor (logits - highest)) / total.
 struct SoftmaxRow {
   const float* logits;
@@ -183,9 +189,13 @@ struct Kernels {
   void (*linear_f32)(const Linear&, int64_t begin, int64_t end);
   void (*linear_bf16)(const Linear&, int64_t begin, int64_t end);
   void (*linear_compact)(const Linear&, int64_t begin, int64_t end);  // null where the instruction set has none
-  // Of rows, and of a block of kProjectedColumns columns; the numbers of columns are multiples of 16.
+  // to [end - begin] = what dropout leaves of x, whose values have the indices [begin, end), or that is added to it.
+  void (*drop)(const Dropout&, const float* x, float* to, bool onto, int64_t begin, int64_t end);
+  // Of rows, and of a block of kProjectedColumns columns, of what `dropout` leaves of x where it isn't null; the numbers of columns are multiples
+  // of 16.
   void (*project_rows)(const float* x, const float* w, float* y, int64_t k, int64_t columns, int64_t begin, int64_t end);
-  void (*project_columns)(const float* h, int64_t h_stride, const float* x, float* y, int64_t m, int64_t ranks, int64_t n, int64_t block);
+  void (*project_columns)(const float* h, int64_t h_stride, const float* x, const Dropout* dropout, float* y, int64_t m, int64_t ranks, int64_t n,
+                          int64_t block);
   // Null where the instruction set lacks arithmetic on float16. Items as of the others.
   void (*halve_rows)(const float* x, uint32_t* halves, float* scales, int64_t k, int64_t row_begin, int64_t row_end);
   void (*linear_f16)(const LinearF16&, int64_t begin, int64_t end);

@@ -196,6 +196,8 @@ INLINE Vec sums(const Vec (&rows)[8]) {
 
 #endif
 
+typedef uint32_t Words __attribute__((vector_size(sizeof(Vec))));
+
 constexpr int kPanel = 2 * kWidth;  // columns of a panel of packed weights: it is read as one stream
 
 INLINE Vec load_value(const float* p) {
