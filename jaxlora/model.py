@@ -48,6 +48,11 @@ class Gated(NamedTuple):
 Input = Array | Normed | Gated
 
 
+def values(x: Input) -> Array:
+    """What linear layers read."""
+    return x.values() if isinstance(x, (Normed, Gated)) else x
+
+
 class Linears(Protocol):
     """How the linear layers of a step are computed, adapters included."""
 
@@ -104,8 +109,8 @@ class SeparateLinears:
         raise NotImplementedError
 
     def values(self, x: Input) -> Array:
-        """What the layers read."""
-        return x.values() if isinstance(x, (Normed, Gated)) else x
+        """As the function of that name."""
+        return values(x)
 
     def __call__(
         self, dense: Mapping[str, Any], own: Any, names: tuple[str, ...], x: Input, onto: Array | None = None

@@ -12,7 +12,7 @@ from jax import Array
 
 from jaxlora import native
 from jaxlora.lora import Adapter
-from jaxlora.model import Gated, Input, Normed, attend_whole
+from jaxlora.model import Gated, Input, Normed, attend_whole, values
 from jaxlora.native import Dropout
 from jaxlora.weights import Dense, Packing, PlainPacking
 from training.log_probs import target_log_probs
@@ -31,7 +31,7 @@ class Machine(Protocol):
         what dropout leaves of x."""
 
     def values(self, x: Input) -> Array:
-        """What linear layers read."""
+        """As `jaxlora.model.values`."""
 
     def log_probs(self, head: Any, hidden: Array, targets: Array, temperature: Array) -> Array:
         """As `training.log_probs.target_log_probs`, of the output layer as the machine's packing makes it."""
@@ -50,7 +50,7 @@ class XlaMachine:
         return adapter(name, dropout.apply(x) if dropout else x, dense(x))
 
     def values(self, x: Input) -> Array:
-        return x.values() if isinstance(x, (Normed, Gated)) else x
+        return values(x)
 
     def log_probs(self, head: Dense, hidden: Array, targets: Array, temperature: Array) -> Array:
         return target_log_probs(head, hidden, targets, temperature)

@@ -72,10 +72,10 @@ class PeftDriver:
         ids = output[:, prompts.shape[1] :].tolist()
         return [Answer(sent, [(arrived, 1) for arrived in clock.times], len(row), row) for row in ids]
 
-    def train(self, model: str, texts: list[str], dtype: str, batch: int, rank: int, lr: float) -> list[float]:
+    def train(self, model: str, texts: list[str], dtype: str, batch: int, rank: int, lr: float, dropout: float) -> list[float]:
         """Seconds of each training step over the texts in order, `batch` of them at a time, all of one length."""
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
         learner = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config).train()
         optimizer = torch.optim.AdamW([weight for weight in learner.parameters() if weight.requires_grad], lr=lr, weight_decay=0.0)
         seconds = []

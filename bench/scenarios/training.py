@@ -4,6 +4,7 @@ Each turn is a process of its own that makes a few steps; the first of them comp
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ from server.repository import PROJECT
 BATCH, LENGTH, RANK = 4, 256, 16
 STEPS, WARM_UP = 6, 2
 LEARNING_RATE = 3e-4
+DROPOUTS = (0.0, 0.05)  # as people use LoRA
 
 
 def measure(context: Context) -> dict[str, Any]:
@@ -32,16 +34,17 @@ def measure(context: Context) -> dict[str, Any]:
     python = context.options.python.get("peft", str(PROJECT / system.python))
     has_peer = "peft" in context.options.systems and ((PROJECT / system.needs).exists() or "peft" in context.options.python)
     rows, found = [], {}
-    for dtype in context.options.dtypes:
+    for dtype, dropout in itertools.product(context.options.dtypes, DROPOUTS):
+        case = f"{dtype}, dropout {dropout}" if dropout else dtype
         speeds: dict[str, list[float]] = {"ours": [], "peft": []}
         for turn in range(context.options.repeat):
-            speeds["ours"].append(_ours(context, data, dtype, turn))
+            speeds["ours"].append(_ours(context, data, dtype, dropout, turn))
             if has_peer:
-                speeds["peft"].append(_theirs(context, python, texts, dtype))
-            context.say(f"  {dtype}: " + ", ".join(f"{name} {values[-1]:.0f}" for name, values in speeds.items() if values))
-        found[dtype] = speeds
+                speeds["peft"].append(_theirs(context, python, texts, dtype, dropout))
+            context.say(f"  {case}: " + ", ".join(f"{name} {values[-1]:.0f}" for name, values in speeds.items() if values))
+        found[case] = speeds
         ours = arithmetic.Spread.of(speeds["ours"])
-        row = [dtype, f"{ours:.0f}", "", ""]
+        row = [case, f"{ours:.0f}", "", ""]
         if has_peer:
             theirs, ratio = arithmetic.Spread.of(speeds["peft"]), arithmetic.ratio(speeds["ours"], speeds["peft"])
             row[2:] = [f"{theirs:.0f}", f"{ratio:.2f}"]
@@ -55,13 +58,13 @@ def measure(context: Context) -> dict[str, Any]:
     }
 
 
-def _ours(context: Context, data: Any, dtype: str, turn: int) -> float:
-    run = run_sft(context, f"training-{dtype}-{turn}", data, STEPS, dtype)
+def _ours(context: Context, data: Any, dtype: str, dropout: float, turn: int) -> float:
+    run = run_sft(context, f"training-{dtype}-{dropout}-{turn}", data, STEPS, dtype, dropout)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return statistics.median([line["tokens_per_second"] for line in lines if "tokens_per_second" in line][WARM_UP:])
 
 
-def run_sft(context: Context, name: str, data: pathlib.Path, steps: int, dtype: str) -> pathlib.Path:
+def run_sft(context: Context, name: str, data: pathlib.Path, steps: int, dtype: str, dropout: float = 0.0) -> pathlib.Path:
     """The run folder of `training.sft` with so many steps on the texts of a JSONL file.
 
     Raises:
@@ -72,6 +75,7 @@ def run_sft(context: Context, name: str, data: pathlib.Path, steps: int, dtype: 
     options = {
         "data": data, "name": "bench/trained", "run": run, "max-steps": steps, "batch-size": BATCH, "micro-batch-size": BATCH,
         "max-length": LENGTH, "buckets": 1, "rank": RANK, "alpha": 2 * RANK, "lr": LEARNING_RATE, "schedule": "constant", "warmup": 0, "dtype": dtype,
+        "dropout": dropout,
     }  # fmt: skip
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     environ = dataclasses.replace(context.settings, dtype=dtype).environment()
@@ -83,11 +87,11 @@ def run_sft(context: Context, name: str, data: pathlib.Path, steps: int, dtype: 
     return run
 
 
-def _theirs(context: Context, python: str, texts: list[str], dtype: str) -> float:
+def _theirs(context: Context, python: str, texts: list[str], dtype: str, dropout: float) -> float:
     worker = Worker("peft", python, DRIVERS["peft"].module, context.folder / "training-peft.log", PROJECT)
     try:
         arguments = {"model": str(context.model), "texts": texts, "dtype": dtype, "batch": BATCH, "rank": RANK, "lr": LEARNING_RATE}
-        seconds = worker.call("train", **arguments)
+        seconds = worker.call("train", dropout=dropout, **arguments)
     finally:
         worker.stop()
     return BATCH * LENGTH / statistics.median(seconds[WARM_UP:])
