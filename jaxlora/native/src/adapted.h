@@ -15,15 +15,9 @@ INLINE Vec dropped(const Dropout& d, Vec x, uint32_t index) {
 }
 
 void drop(const Dropout& d, const float* x, float* to, bool onto, int64_t begin, int64_t end) {
-  const int64_t count = end - begin;
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) {
+  for (int64_t i = 0; i < end - begin; i += kWidth) {
     const Vec left = dropped(d, load(x + i), static_cast<uint32_t>(begin + i));
     store(to + i, onto ? add(load(to + i), left) : left);
-  }
-  if (const int64_t rest = count - i; rest > 0) {
-    const Vec left = dropped(d, load_part(x + i, rest), static_cast<uint32_t>(begin + i));
-    store_part(to + i, onto ? add(load_part(to + i, rest), left) : left, rest);
   }
 }
 

@@ -80,7 +80,7 @@ void add_dropped(const float* dh, const float* a, const Dropout& dropout, float*
   });
 }
 
-// Without words there is no dropout.
+// Whether there is dropout: without words there is none.
 bool read(ffi::Buffer<ffi::U32> words, int64_t limit, float factor, Dropout* dropout) {
   if (words.element_count() != 2) return false;
   *dropout = {words.typed_data()[0], words.typed_data()[1], static_cast<uint32_t>(limit), factor};

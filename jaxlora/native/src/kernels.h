@@ -189,7 +189,7 @@ struct Kernels {
   void (*linear_f32)(const Linear&, int64_t begin, int64_t end);
   void (*linear_bf16)(const Linear&, int64_t begin, int64_t end);
   void (*linear_compact)(const Linear&, int64_t begin, int64_t end);  // null where the instruction set has none
-  // to [end - begin] = what dropout leaves of x, whose values have the indices [begin, end), or that is added to it.
+  // to [end - begin] = what dropout leaves of x, whose values have the indices [begin, end), multiples of 16; or that is added to it.
   void (*drop)(const Dropout&, const float* x, float* to, bool onto, int64_t begin, int64_t end);
   // Of rows, and of a block of kProjectedColumns columns, of what `dropout` leaves of x where it isn't null; the numbers of columns are multiples
   // of 16.
