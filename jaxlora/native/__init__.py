@@ -1,5 +1,5 @@
 """Kernels for CPUs behind `jax.ffi`: products with packed weights, attention over a cache, LoRA by adapter, the choice of tokens; and for training
-products with frozen weights and causal attention, with their gradients.
+products with frozen weights, causal attention, log-probabilities of tokens, norms, gates and dropout, with their gradients.
 
 Contract
 - `load(build_dir)` gives `Kernels`, or one line that says why there are none: no compiler, another machine, a CPU without AVX2,

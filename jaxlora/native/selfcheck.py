@@ -14,6 +14,7 @@ from jax import Array
 
 from jaxlora.int8 import quantize
 from jaxlora.int8_size import GROUP
+from jaxlora.native.dropout import Dropout
 from jaxlora.native.gradients import adapted_linear, causal_attention, frozen_log_probs, frozen_norm, swiglu
 from jaxlora.native.kernels import Kernels
 from jaxlora.native.operands import LoraModule, LoraRows
@@ -117,14 +118,21 @@ def _twin_causal(segments: Array) -> Callable[..., Array]:
     return attend
 
 
+# What follows is compared with NumPy, as XLA would take longer to compile its gradients than all else here takes.
 def _adapted(kernels: Kernels) -> bool:
     w, x, a, b, slope = _normal(64, 96), _normal(70, 64), _normal(5, 64), _normal(96, 5), _normal(70, 96)
     packed = kernels.pack_linear(w), kernels.pack_linear(w.T)
-    plain = lambda x, a, b: twin_linear(x, w) + 0.3 * twin_linear(twin_linear(x, a.T), b.T)
-    return _close(*(_with_slopes(f, slope, x, a, b) for f in (lambda *xab: adapted_linear(xab[0], *packed, *xab[1:], 0.3), plain)))
+
+    def is_right(dropout: Dropout | None, left: np.ndarray) -> bool:
+        h, dh = (x * left) @ a.T, 0.3 * slope @ b
+        want = x @ w + 0.3 * h @ b.T, (slope @ w.T + (dh @ a) * left, dh.T @ (x * left), 0.3 * slope.T @ h)
+        return _close(_with_slopes(lambda x, a, b: adapted_linear(x, *packed, a, b, 0.3, dropout), slope, x, a, b), want)
+
+    dropout = Dropout(jnp.array([5, 6], jnp.uint32), 0.6)
+    stays = np.asarray(jax.jit(lambda: dropout.stays(x.shape))())
+    return is_right(None, np.ones_like(x)) and is_right(dropout, stays * dropout.factor)
 
 
-# What follows is compared with NumPy, as XLA would take longer to compile its gradients than all else here takes.
 def _log_probs(kernels: Kernels) -> bool:
     # More of the vocabulary than is multiplied at a time.
     w, x, slope, targets = _normal(32, 2100), _normal(5, 32), _normal(5), np.int32([0, 2099, -1, 2048, 7])
