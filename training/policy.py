@@ -105,5 +105,5 @@ class AdaptedLinears(SeparateLinears):
         if name not in own.adapter.a:
             return dense(x)
         share = self.policy.noise.dropout
-        dropout = Dropout.of(self.seed, own.numbers[name], 1 - share) if share and self.seed is not None else None
+        dropout = Dropout(self.seed, own.numbers[name], 1 - share) if share and self.seed is not None else None
         return self.policy.machine.adapted(dense, own.adapter, name, x, dropout)

@@ -17,13 +17,9 @@ Array = jax.Array
 class Dropout(NamedTuple):
     """Which values of an array stay; these are divided by `share`, as many as do so in the mean."""
 
-    words: Array  # uint32 [2]
+    seed: Array  # uint32 [2]
+    number: Array  # uint32 scalar that tells what draws from what else does
     share: float
-
-    @classmethod
-    def of(cls, seed: Array, number: Array, share: float) -> "Dropout":
-        """That of `number` (uint32), which tells what draws from what else does, under a seed (uint32 [2])."""
-        return cls(jnp.stack([_mixed(seed[0] ^ number), _mixed(seed[1] + number)]), share)
 
     @property
     def limit(self) -> int:
@@ -37,7 +33,8 @@ class Dropout(NamedTuple):
     def stays(self, shape: tuple[int, ...]) -> Array:
         """bool of that shape."""
         index = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-        return _mixed(_mixed(index + self.words[0]) ^ self.words[1]) < jnp.uint32(self.limit)
+        first, second = _mixed(self.seed[0] ^ self.number), _mixed(self.seed[1] + self.number)
+        return _mixed(_mixed(index + first) ^ second) < jnp.uint32(self.limit)
 
     def apply(self, x: Array) -> Array:
         """x, with zeros where values are dropped."""

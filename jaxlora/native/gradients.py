@@ -47,10 +47,11 @@ def adapted_linear(
         y = frozen_linear(x, w, transposed)
         down = jnp.einsum("mk,rk->mr", (dropout.apply(x) if dropout else x).reshape(-1, w.k), a, precision="highest")
         return y + scale * jnp.einsum("mr,nr->mn", down, b, precision="highest").reshape(y.shape)
-    words, numbers = np.zeros(0, np.uint32), (np.float32(scale), np.int64(0), np.float32(1))
-    if dropout:
-        words, numbers = dropout.words, (np.float32(scale), np.int64(dropout.limit), dropout.factor)
-    return _adapted(numbers, x.reshape(-1, w.k), w, transposed, a, b, words).reshape(*x.shape[:-1], w.n)
+    drawn = np.zeros(0, np.uint32), np.uint32(0)
+    numbers = np.float32(scale), np.int64(dropout.limit if dropout else 0), dropout.factor if dropout else np.float32(1)
+    if dropout:  # mixed by the kernel: XLA would compile that for each module
+        drawn = dropout.seed, dropout.number
+    return _adapted(numbers, x.reshape(-1, w.k), w, transposed, a, b, *drawn).reshape(*x.shape[:-1], w.n)
 
 
 _NUMBERS = ("scale", "limit", "factor")
@@ -62,20 +63,20 @@ def _adapted(numbers: tuple, *arrays: Any) -> Array:
 
 
 def _adapted_forward(
-    numbers: tuple, x: Array, w: Packed, transposed: Packed, a: Array, b: Array, words: Array
+    numbers: tuple, x: Array, w: Packed, transposed: Packed, a: Array, b: Array, *drawn: Array
 ) -> tuple[Array, tuple]:
     ranks = -(-a.shape[0] // 16) * 16  # filled up to whole vectors
     results = [jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32) for width in (w.n, ranks)]
-    y, h = jax.ffi.ffi_call("jaxlora_adapted", results)(x, w.data, a, b, words, **dict(zip(_NUMBERS, numbers)))
-    return y, (x, h, transposed, a, b, words)
+    y, h = jax.ffi.ffi_call("jaxlora_adapted", results)(x, w.data, a, b, *drawn, **dict(zip(_NUMBERS, numbers)))
+    return y, (x, h, transposed, a, b, drawn)
 
 
 def _adapted_backward(numbers: tuple, kept: tuple, slope: Array) -> tuple[Array | None, ...]:
-    x, h, transposed, a, b, words = kept
+    x, h, transposed, a, b, drawn = kept
     results = [jax.ShapeDtypeStruct(like.shape, jnp.float32) for like in (x, a, b)]
     call = jax.ffi.ffi_call("jaxlora_adapted_gradient", results)
-    dx, da, db = call(x, h, transposed.data, a, b, slope, words, **dict(zip(_NUMBERS, numbers)))
-    return dx, None, None, da, db, None
+    dx, da, db = call(x, h, transposed.data, a, b, slope, *drawn, **dict(zip(_NUMBERS, numbers)))
+    return dx, None, None, da, db, None, None
 
 
 _adapted.defvjp(_adapted_forward, _adapted_backward)

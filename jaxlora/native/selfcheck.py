@@ -128,7 +128,7 @@ def _adapted(kernels: Kernels) -> bool:
         want = x @ w + 0.3 * h @ b.T, (slope @ w.T + (dh @ a) * left, dh.T @ (x * left), 0.3 * slope.T @ h)
         return _close(_with_slopes(lambda x, a, b: adapted_linear(x, *packed, a, b, 0.3, dropout), slope, x, a, b), want)
 
-    dropout = Dropout(jnp.array([5, 6], jnp.uint32), 0.6)
+    dropout = Dropout(jnp.array([5, 6], jnp.uint32), jnp.uint32(7), 0.6)
     stays = np.asarray(jax.jit(lambda: dropout.stays(x.shape))())
     return is_right(None, np.ones_like(x)) and is_right(dropout, stays * dropout.factor)
 

@@ -91,7 +91,7 @@ def test_dropout_is_that_of_plain_jax(kernels: native.Kernels, m: int, k: int, n
     x, a, b = jnp.asarray(normal(0, m, k)), jnp.asarray(normal(1, rank, k)), jnp.asarray(normal(2, n, rank))
     w = jnp.asarray(normal(3, k, n)) / k**0.5
     packed, back = (native.pack_linear(side, kernels.panel) for side in (w, w.T))
-    dropout = native.Dropout.of(jnp.array([5, 6], jnp.uint32), jnp.uint32(7), 0.6)
+    dropout = native.Dropout(jnp.array([5, 6], jnp.uint32), jnp.uint32(7), 0.6)
     ours = slopes(lambda x, a, b: native.adapted_linear(x, packed, back, a, b, 0.7, dropout), x, a, b)
     plain = lambda x, a, b: native.twin_linear(x, w) + 0.7 * native.twin_linear(native.twin_linear(dropout.apply(x), a.T), b.T)
     assert_close(ours, slopes(plain, x, a, b))

@@ -242,7 +242,7 @@ def test_rematerialisation_changes_no_gradient(config: ModelConfig, base: Weight
 def test_what_dropout_keeps_is_as_good_as_random() -> None:
     """By share, by neighbours, and between modules, seeds and places: each within five standard deviations."""
     shape, seed = (512, 577), jnp.array([1, 2], jnp.uint32)
-    draw = lambda seed, number, share: np.asarray(Dropout.of(seed, jnp.uint32(number), share).stays(shape), np.float64)
+    draw = lambda seed, number, share: np.asarray(Dropout(seed, jnp.uint32(number), share).stays(shape), np.float64)
     for share in (0.1, 0.5, 0.95):
         deviation = (share * (1 - share)) ** 0.5
         first = draw(seed, 7, share)
@@ -253,7 +253,7 @@ def test_what_dropout_keeps_is_as_good_as_random() -> None:
         moved = [np.roll(first, by, axis) for by in (1, 2, 64, 256) for axis in (0, 1)]
         for other in others + moved:
             assert abs(((first - share) * (other - share)).mean()) < 5 * deviation**2 / first.size**0.5
-    assert Dropout.of(seed, jnp.uint32(0), 1.0).stays((1000,)).sum() >= 999
+    assert Dropout(seed, jnp.uint32(0), 1.0).stays((1000,)).sum() >= 999
 
 
 def test_noise_is_a_function_of_the_step_and_gone_in_evaluation(config: ModelConfig, base: Weights, adapter: Adapter) -> None:

@@ -80,10 +80,19 @@ void add_dropped(const float* dh, const float* a, const Dropout& dropout, float*
   });
 }
 
-// Whether there is dropout: without words there is none.
-bool read(ffi::Buffer<ffi::U32> words, int64_t limit, float factor, Dropout* dropout) {
-  if (words.element_count() != 2) return false;
-  *dropout = {words.typed_data()[0], words.typed_data()[1], static_cast<uint32_t>(limit), factor};
+uint32_t mixed(uint32_t x) {  // the finalizer of MurmurHash3 (Appleby 2011)
+  x = (x ^ (x >> 16)) * 0x85ebca6bu;
+  x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+using U32 = ffi::Buffer<ffi::U32>;
+
+// Whether there is dropout: without a seed there is none.
+bool read(U32 seed, U32 number, int64_t limit, float factor, Dropout* dropout) {
+  if (seed.element_count() != 2 || number.element_count() != 1) return false;
+  const uint32_t own = number.typed_data()[0];
+  *dropout = {mixed(seed.typed_data()[0] ^ own), mixed(seed.typed_data()[1] + own), static_cast<uint32_t>(limit), factor};
   return true;
 }
 
@@ -92,7 +101,7 @@ float* reserve(int64_t values) {
 }
 
 // y = x @ w + scale * h @ b^T with h = x @ a^T, which has zeros behind its ranks, of what dropout leaves of x.
-ffi::Error adapted(F32 x, ffi::AnyBuffer w, F32 a, F32 b, ffi::Buffer<ffi::U32> words, F32Result y, F32Result h, float scale, int64_t limit,
+ffi::Error adapted(F32 x, ffi::AnyBuffer w, F32 a, F32 b, U32 seed, U32 number, F32Result y, F32Result h, float scale, int64_t limit,
                    float factor) {
   const auto xs = x.dimensions(), ys = y->dimensions();
   if (xs.size() != 2 || ys.size() != 2 || xs[0] != ys[0] || !trains_with(w)) return bad("adapted takes x [m, k], packed w and y [m, n]");
@@ -104,14 +113,14 @@ ffi::Error adapted(F32 x, ffi::AnyBuffer w, F32 a, F32 b, ffi::Buffer<ffi::U32> 
   transpose(a.typed_data(), k, 1, k, ranks, filled, 1, down);
   pack(b.typed_data(), 1, ranks, n, ranks, filled, scale, up);
   Dropout dropout;
-  project_rows(x.typed_data(), read(words, limit, factor, &dropout) ? &dropout : nullptr, down, h->typed_data(), m, k, filled);
+  project_rows(x.typed_data(), read(seed, number, limit, factor, &dropout) ? &dropout : nullptr, down, h->typed_data(), m, k, filled);
   const Rows rows = prepare({x.typed_data(), m, k}, form_for(w));
   return multiply(rows, w, y->typed_data(), m, k, n, false, {h->typed_data(), up, filled});
 }
 
 // Of `slope` [m, n] with respect to y: dx = slope @ w^T + dh @ a with dh = scale * slope @ b, da = dh^T @ x and db = scale * slope^T @ h, of what
 // dropout leaves of dh @ a and of x; w is packed transposed, of [n, k].
-ffi::Error adapted_gradient(F32 x, F32 h, ffi::AnyBuffer w, F32 a, F32 b, F32 slope, ffi::Buffer<ffi::U32> words, F32Result dx, F32Result da,
+ffi::Error adapted_gradient(F32 x, F32 h, ffi::AnyBuffer w, F32 a, F32 b, F32 slope, U32 seed, U32 number, F32Result dx, F32Result da,
                             F32Result db, float scale, int64_t limit, float factor) {
   const auto ss = slope.dimensions(), xs = x.dimensions();
   if (ss.size() != 2 || xs.size() != 2 || ss[0] != xs[0] || !trains_with(w)) return bad("adapted_gradient takes x [m, k] and slope [m, n]");
@@ -122,7 +131,7 @@ ffi::Error adapted_gradient(F32 x, F32 h, ffi::AnyBuffer w, F32 a, F32 b, F32 sl
   float *const down = dh + m * filled, *const db_transposed = down + n * filled, *const up = db_transposed + n * filled;
   transpose(b.typed_data(), 1, ranks, n, ranks, filled, scale, down);
   Dropout dropout;
-  const bool drops = read(words, limit, factor, &dropout);
+  const bool drops = read(seed, number, limit, factor, &dropout);
   if (drops) {
     std::memcpy(up, a.typed_data(), static_cast<size_t>(ranks * k) * sizeof(float));
     std::memset(up + ranks * k, 0, static_cast<size_t>((filled - ranks) * k) * sizeof(float));
@@ -154,28 +163,30 @@ ffi::Error adapted_gradient(F32 x, F32 h, ffi::AnyBuffer w, F32 a, F32 b, F32 sl
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_adapted, adapted,
                               Ffi::Bind()
-                                  .Arg<F32>()                    // x
-                                  .Arg<ffi::AnyBuffer>()         // w
-                                  .Arg<F32>()                    // a
-                                  .Arg<F32>()                    // b
-                                  .Arg<ffi::Buffer<ffi::U32>>()  // words
-                                  .Ret<F32>()                    // y
-                                  .Ret<F32>()                    // h
+                                  .Arg<F32>()             // x
+                                  .Arg<ffi::AnyBuffer>()  // w
+                                  .Arg<F32>()             // a
+                                  .Arg<F32>()             // b
+                                  .Arg<U32>()             // seed
+                                  .Arg<U32>()             // number
+                                  .Ret<F32>()             // y
+                                  .Ret<F32>()             // h
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("limit")
                                   .Attr<float>("factor"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxlora_adapted_gradient, adapted_gradient,
                               Ffi::Bind()
-                                  .Arg<F32>()                    // x
-                                  .Arg<F32>()                    // h
-                                  .Arg<ffi::AnyBuffer>()         // w
-                                  .Arg<F32>()                    // a
-                                  .Arg<F32>()                    // b
-                                  .Arg<F32>()                    // slope
-                                  .Arg<ffi::Buffer<ffi::U32>>()  // words
-                                  .Ret<F32>()                    // dx
-                                  .Ret<F32>()                    // da
-                                  .Ret<F32>()                    // db
+                                  .Arg<F32>()             // x
+                                  .Arg<F32>()             // h
+                                  .Arg<ffi::AnyBuffer>()  // w
+                                  .Arg<F32>()             // a
+                                  .Arg<F32>()             // b
+                                  .Arg<F32>()             // slope
+                                  .Arg<U32>()             // seed
+                                  .Arg<U32>()             // number
+                                  .Ret<F32>()             // dx
+                                  .Ret<F32>()             // da
+                                  .Ret<F32>()             // db
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("limit")
                                   .Attr<float>("factor"));
