@@ -1,4 +1,5 @@
-"""The kernels that training needs, with their gradients: products with frozen weights, and causal attention over whole sequences."""
+"""The kernels that training needs, with their gradients: products with frozen weights, norms, gates, log-probabilities of tokens, and causal
+attention over whole sequences."""
 
 import functools
 from typing import Any
@@ -47,11 +48,10 @@ def adapted_linear(
         y = frozen_linear(x, w, transposed)
         down = jnp.einsum("mk,rk->mr", (dropout.apply(x) if dropout else x).reshape(-1, w.k), a, precision="highest")
         return y + scale * jnp.einsum("mr,nr->mn", down, b, precision="highest").reshape(y.shape)
-    drawn = np.zeros(0, np.uint32), np.uint32(0)
-    numbers = np.float32(scale), np.int64(dropout.limit if dropout else 0), dropout.factor if dropout else np.float32(1)
-    if dropout:  # mixed by the kernel: XLA would compile that for each module
-        drawn = dropout.seed, dropout.number
-    return _adapted(numbers, x.reshape(-1, w.k), w, transposed, a, b, *drawn).reshape(*x.shape[:-1], w.n)
+    drawn, limit, factor = (np.zeros(0, np.uint32), np.uint32(0)), 0, np.float32(1)
+    if dropout:  # the kernel mixes seed and number: XLA would compile that for each module
+        drawn, limit, factor = (dropout.seed, dropout.number), dropout.limit, dropout.factor
+    return _adapted((np.float32(scale), np.int64(limit), factor), x.reshape(-1, w.k), w, transposed, a, b, *drawn).reshape(*x.shape[:-1], w.n)
 
 
 _NUMBERS = ("scale", "limit", "factor")

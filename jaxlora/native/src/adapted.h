@@ -1,11 +1,5 @@
 // A product with frozen weights and one low-rank update for all rows, y = x @ w + (x @ a) @ b, and its gradient: what training needs.
 
-INLINE Words mixed(Words x) {  // the finalizer of MurmurHash3 (Appleby 2011)
-  x = (x ^ (x >> 16)) * 0x85ebca6bu;
-  x = (x ^ (x >> 13)) * 0xc2b2ae35u;
-  return x ^ (x >> 16);
-}
-
 // What dropout leaves of values that begin at an index.
 INLINE Vec dropped(const Dropout& d, Vec x, uint32_t index) {
   Words lanes;

@@ -80,12 +80,6 @@ void add_dropped(const float* dh, const float* a, const Dropout& dropout, float*
   });
 }
 
-uint32_t mixed(uint32_t x) {  // the finalizer of MurmurHash3 (Appleby 2011)
-  x = (x ^ (x >> 16)) * 0x85ebca6bu;
-  x = (x ^ (x >> 13)) * 0xc2b2ae35u;
-  return x ^ (x >> 16);
-}
-
 using U32 = ffi::Buffer<ffi::U32>;
 
 // Whether there is dropout: without a seed there is none.

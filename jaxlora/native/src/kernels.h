@@ -169,6 +169,14 @@ struct Dropout {
   float factor;
 };
 
+// The finalizer of MurmurHash3 (Appleby 2011), of one word or a vector of them. Each instruction set has its own, as of `filled_up`.
+template <typename T>
+static __attribute__((always_inline)) inline T mixed(T x) {
+  x = (x ^ (x >> 16)) * 0x85ebca6bu;
+  x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
 // softmax(factor logits) of a row: exp(factor (logits - highest)) / total.
 struct SoftmaxRow {
   const float* logits;

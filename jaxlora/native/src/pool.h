@@ -15,8 +15,6 @@
 
 namespace jaxlora {
 
-constexpr int64_t kSerial = 1 << 14;  // values of rows below which waking a worker costs more than it saves
-
 class Pool {
  public:
   using Task = void (*)(const void* context, int64_t begin, int64_t end);
@@ -81,5 +79,17 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_;
 };
+
+constexpr int64_t kSerial = 1 << 14;  // values of rows below which waking a worker costs more than it saves
+
+// body(begin, end) for m rows of n values each, by all threads where there are many.
+template <typename Body>
+void split_rows(int64_t m, int64_t n, const Body& body) {
+  if (m * n < kSerial) {
+    body(0, m);
+  } else {
+    Pool::instance().split(m, body, 8);
+  }
+}
 
 }  // namespace jaxlora

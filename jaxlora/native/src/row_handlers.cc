@@ -7,16 +7,6 @@
 namespace jaxlora {
 namespace {
 
-// body(begin, end) for rows of n values each, by all threads where there are many.
-template <typename Body>
-void split_rows(int64_t m, int64_t n, const Body& body) {
-  if (m * n < kSerial) {
-    body(0, m);
-  } else {
-    Pool::instance().split(m, body, 8);
-  }
-}
-
 ffi::Error summarize(F32 logits, ffi::ResultBuffer<ffi::S32> argmax, ffi::ResultBuffer<ffi::F32> logsumexp) {
   const auto shape = logits.dimensions();
   if (shape.size() != 2 || shape[1] == 0 || argmax->element_count() != static_cast<size_t>(shape[0]) ||

@@ -52,11 +52,7 @@ Rows prepare(const Input& input, Forms forms) {
     if (forms.halves) active->halve_rows(x, halved, of_rows, k, begin, end);
     if (forms.quantized) active->quantize_rows(x, values, of_rows, sums, k, begin, end);
   };
-  if (m * k * (input.gated ? 2 : 1) < kSerial) {  // gates take longer than other values
-    body(0, m);
-  } else {
-    Pool::instance().split(m, body, 8);
-  }
+  split_rows(m, k * (input.gated ? 2 : 1), body);  // gates take longer than other values
   Rows rows;
   rows.plain = x;
   if (forms.rounded) rows.rounded = rounded_rows, rows.rounded_stride = filled;
