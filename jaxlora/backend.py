@@ -47,8 +47,8 @@ class Backend(Elements, Protocol):
     def piece(self, layout: BankLayout) -> int:
         """Values of an adapter that `place` takes at a time."""
 
-    def place(self, bank: Bank, piece: Array, slot: Array, ranks: Array, first: Array) -> Bank:
-        """The bank with a piece of an adapter, packed for so many ranks, in a slot: from its value `first` on."""
+    def place(self, bank: Bank, piece: Array, slot: Array, ranks: Array, number: Array) -> Bank:
+        """The bank with a piece of an adapter, packed for so many ranks, in a slot: behind `number` others of its size."""
 
     def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array, rows: Rows) -> Linears:
         """The model's linear layers with the adapter of bank slot `row_slots[b]` (int32 `[B]`, -1: none) applied to row b."""
@@ -92,7 +92,7 @@ class XlaBackend(PlainElements):
     def piece(self, layout: BankLayout) -> int:
         return layout.size
 
-    def place(self, bank: Bank, piece: Array, slot: Array, ranks: Array, first: Array) -> Bank:
+    def place(self, bank: Bank, piece: Array, slot: Array, ranks: Array, number: Array) -> Bank:
         return lora.put(bank, piece, slot, ranks)
 
     def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array, rows: Rows) -> Linears:
@@ -217,8 +217,8 @@ class NativeBackend:
     def piece(self, layout: BankLayout) -> int:
         return min(PIECE, layout.size)
 
-    def place(self, bank: Bank, piece: Array, slot: Array, ranks: Array, first: Array) -> Bank:
-        return Bank(native.Kernels.place(bank.data, piece, slot, first), bank.ranks.at[slot].set(ranks))
+    def place(self, bank: Bank, piece: Array, slot: Array, ranks: Array, number: Array) -> Bank:
+        return Bank(native.Kernels.place(bank.data, piece, slot, number), bank.ranks.at[slot].set(ranks))
 
     def linears(self, config: ModelConfig, layout: BankLayout, bank: Bank, row_slots: Array, rows: Rows) -> Linears:
         return NativeLinears(layout, bank, row_slots, rows, rows.live())

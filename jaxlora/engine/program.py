@@ -144,8 +144,8 @@ class Program:
     def put_adapter(self, slot: int, vector: np.ndarray, rank: int) -> None:
         """Places an adapter of that rank, packed by `pack`, into a slot of the bank."""
         piece, ranks = self.backend.piece(self.layout), np.int32(self.backend.bank_ranks(self.layout, rank))
-        for first in range(0, len(vector), piece):
-            self.bank = self._put(self.bank, vector[first : first + piece], np.int32(slot), ranks, np.int32(first))
+        for number, part in enumerate(vector.reshape(-1, piece)):
+            self.bank = self._put(self.bank, part, np.int32(slot), ranks, np.int32(number))
 
     def reuse(self, source: int, slot: int, tokens: np.ndarray, record: bool) -> None:
         """Makes a slot's cache begin with what another one's (or its own) begins with: the keys and values of `tokens`, int32 `[n]`.

@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax.ffi
 
+from jaxlora.files import replace
+
 SOURCES = pathlib.Path(__file__).parent / "src"
 ISA_SOURCE = "isa.cc"
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-w"]
@@ -92,7 +94,7 @@ def libraries(
         build_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=build_dir, prefix="build-") as folder:
             for name, built in _build(command, missing, pathlib.Path(folder)).items():
-                os.replace(built, paths[name])
+                replace(paths[name], built.read_bytes())
     return paths
 
 

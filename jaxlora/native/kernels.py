@@ -119,23 +119,23 @@ class Kernels:
         return out, k_cache, v_cache
 
     @staticmethod
-    def place(bank: Array, piece: Array, slot: Array, first: Array) -> Array:
+    def place(bank: Array, piece: Array, slot: Array, number: Array) -> Array:
         """The bank with a piece of an adapter in one slot. In place if donated.
 
         Arguments:
             bank: float32, bfloat16 or int8 [slots, size].
-            piece: [n] of the same type, values `first` to `first + n` of the slot. What lies beyond its end is left out.
-            slot, first: int32 scalars.
+            piece: [n] of the same type, values `number * n` to `(number + 1) * n` of the slot. What lies beyond its end is left out.
+            slot, number: int32 scalars.
         """
         call = jax.ffi.ffi_call("jaxlora_place", jax.ShapeDtypeStruct(bank.shape, bank.dtype), input_output_aliases={0: 0})
-        return call(bank, piece, slot, first)
+        return call(bank, piece, slot, number)
 
     @staticmethod
     def embed(table: Array, tokens: Array) -> Array:
         """float32 [..., n]: the rows of float32 or bfloat16 table [v, n] that int32 tokens [...] name, the nearest one where there is none. (XLA on CPUs would widen the whole
         table where it takes rows of it in a loop.)"""
         result = jax.ShapeDtypeStruct((tokens.size, table.shape[1]), jnp.float32)
-        return jax.ffi.ffi_call("jaxlora_embed", result)(table, tokens.reshape(-1)).reshape(*tokens.shape, -1)
+        return jax.ffi.ffi_call("jaxlora_embed", result)(table, tokens.reshape(-1)).reshape(*tokens.shape, table.shape[1])
 
     @staticmethod
     def rms_norm(x: Array, scale: Array, eps: float) -> Array:

@@ -1,5 +1,6 @@
 """From sources to kernels that may be called: build, load, register, check."""
 
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -51,7 +52,8 @@ def load(
         if not checked.exists():
             if wrong := selfcheck.wrong_results(kernels):
                 return f"the compiled library for {chosen} gives wrong results: {', '.join(wrong)}"
-            checked.touch()
+            with contextlib.suppress(OSError):  # then the next start checks again
+                checked.touch()
         return kernels
 
 

@@ -2,6 +2,7 @@
 form of the attention kernel) must cost speed and not answers.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -22,12 +23,13 @@ from jaxlora.native.twins import twin_argmax_logsumexp, twin_attention, twin_dra
 
 
 def wrong_results(kernels: Kernels) -> list[str]:
-    """Names of the kernels whose results differ from their twins by more than rounding. Takes about five seconds on two cores, nearly all of
+    """Names of the kernels that fail, or whose results differ from their twins by more than rounding. Takes about five seconds on two cores, nearly all of
     them XLA's."""
 
     def is_right(check: Callable[[Kernels], bool]) -> bool:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        with jax.default_device(jax.local_devices(backend="cpu")[0]), contextlib.suppress(jax.errors.JaxRuntimeError):
             return check(kernels)
+        return False
 
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)  # halves that
@@ -43,8 +45,9 @@ def _normal(*shape: int) -> np.ndarray:
 
 
 def _close(got: object, want: object) -> bool:
+    """Where a value was rounded to bfloat16, a last bit of float32 may have decided to which of two neighbours, and these are up to 2**-7 apart."""
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
-    return all(np.allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-3, atol=1e-3) for a, b in pairs)
+    return all(np.allclose(*(np.asarray(each, np.float32) for each in (a, b)), 2**-7 if a.dtype == jnp.bfloat16 else 1e-3, 1e-3) for a, b in pairs)
 
 
 def _near(got: Array, want: Array, error: float) -> bool:

@@ -86,6 +86,33 @@ def test_a_library_that_computes_something_wrong_is_not_used(
     assert native.load(build_dir, kernels.isa) == kernels
 
 
+def test_a_kernel_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch, kernels: native.Kernels, build_dir: pathlib.Path) -> None:
+    kernels.path.with_suffix(".checked").unlink()
+
+    def fail(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no")
+
+    monkeypatch.setattr(native.Kernels, "argmax_logsumexp", staticmethod(fail))
+    assert native.load(build_dir, kernels.isa) == f"the compiled library for {kernels.isa} gives wrong results: argmax_logsumexp"
+    monkeypatch.undo()
+    assert native.load(build_dir, kernels.isa) == kernels
+
+
+def test_a_folder_that_cannot_be_written_holds_kernels_for_all_that(
+    monkeypatch: pytest.MonkeyPatch, kernels: native.Kernels, build_dir: pathlib.Path
+) -> None:
+    checked = kernels.path.with_suffix(".checked")
+    checked.unlink()
+
+    def touch(path: pathlib.Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "touch", touch)
+    assert native.load(build_dir, kernels.isa) == kernels and not checked.exists()
+    monkeypatch.undo()
+    assert native.load(build_dir, kernels.isa) == kernels and checked.exists()
+
+
 @pytest.mark.parametrize(
     "environment, reason",
     [

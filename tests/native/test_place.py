@@ -31,8 +31,8 @@ def adapter(rank: int) -> dict[str, LoraPair]:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def place(bank: jax.Array, piece: jax.Array, slot: int, first: int) -> jax.Array:
-    return native.Kernels.place(bank, piece, *map(jnp.int32, (slot, first)))
+def place(bank: jax.Array, piece: jax.Array, slot: int, number: int) -> jax.Array:
+    return native.Kernels.place(bank, piece, *map(jnp.int32, (slot, number)))
 
 
 def test_a_slot_has_room_for_whole_units() -> None:
@@ -47,8 +47,8 @@ def test_an_adapter_comes_to_its_place_and_nothing_else_changes(kernels: native.
     vector = layout.pack(adapter(ranks - 3), ranks, piece, native.pack_lora)
     assert len(vector) % piece == 0
     bank = jnp.array(before)
-    for first in range(0, len(vector), piece):
-        bank = place(bank, vector[first : first + piece], 1, first)
+    for number, part in enumerate(vector.reshape(-1, piece)):
+        bank = place(bank, part, 1, number)
     want = before.copy()
     want[1, : len(vector)] = vector[: layout.size]
     assert np.asarray(bank).tobytes() == want.tobytes()
@@ -79,10 +79,10 @@ def test_the_forms_of_an_adapter_hold_the_same_values(rank: int, ranks: int, dty
         assert plain[scales].tobytes() == panels[scales].tobytes()
 
 
-@pytest.mark.parametrize("slot, first", [(3, 0), (-1, 0), (0, -5), (0, LAYOUT.size + 1)])
-def test_what_lies_outside_is_refused(kernels: native.Kernels, slot: int, first: int) -> None:
+@pytest.mark.parametrize("slot, number", [(3, 0), (-1, 0), (0, -1), (0, LAYOUT.size // 10 + 1)])
+def test_what_lies_outside_is_refused(kernels: native.Kernels, slot: int, number: int) -> None:
     with pytest.raises(jax.errors.JaxRuntimeError, match="outside of the bank"):
-        place(jnp.zeros((3, LAYOUT.size)), jnp.zeros(10), slot, first).block_until_ready()
+        place(jnp.zeros((3, LAYOUT.size)), jnp.zeros(10), slot, number).block_until_ready()
 
 
 def test_a_module_of_a_higher_rank_is_refused() -> None:
