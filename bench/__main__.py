@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from bench import adapters, machine, report, scenarios
 from bench.drivers import DRIVERS
 from bench.gguf_files import NoGguf, write_adapter, write_model
 from bench.session import Session
-from bench.worker import GREEDY, DriverFailed
+from bench.worker import GREEDY, DriverFailed, Unsupported
 from bench.workloads import MIXES, PRECISIONS, Prompts, rows
 from jaxlora import allocator
 from jaxlora.checkpoint import resolve
@@ -36,8 +37,8 @@ def main() -> None:
     begin = time.monotonic()
     say = lambda line: print(f"[{time.monotonic() - begin:5.0f} s] {line}", flush=True)
     settings = Settings.read()
-    cache = settings.cache_dir / "bench"
     model = resolve(settings.model, settings.cache_dir, say)
+    cache = adapters.cache_of(settings, model)
     config = ModelConfig.from_folder(model)
     prompts = Prompts(Tokenizer.from_folder(model), options.sampling)
     say("preparing adapters")
@@ -55,7 +56,8 @@ def main() -> None:
     for dtype in options.dtypes if asked else ():
         say(f"{dtype}: {len(asked)} rows, {options.repeat} repetitions")
         # Nobody guesses tokens here: these are the speeds of the model. Scenario `lookup` has guesses.
-        setup = make_setup(dataclasses.replace(settings, **PRECISIONS[dtype], prompt_lookup_tokens=0), dtype, model, config, prepared, options.systems, say)
+        chosen = dataclasses.replace(settings, **PRECISIONS[dtype], prompt_lookup_tokens=0)
+        setup = make_setup(chosen, dtype, model, config, prepared, cache if "llama" in options.systems else None, say)
         with Session(setup, options.python, folder, say).systems(options.systems) as session:
             found = {"systems": session.describe(), "rows": []}
             results["precisions"][dtype] = found
@@ -63,19 +65,30 @@ def main() -> None:
             for row in asked:
                 found["rows"].append(session.row(row, prompts, prepared.names, options.repeat))
                 report.write(folder, results)
+    failed: list[str] = []
     for name in options.scenarios:
         say(f"scenario {name}")
         context = scenarios.Context(cache, folder, model, config, settings, prompts, options, say)
         try:
             results["scenarios"][name] = scenarios.SCENARIOS[name](context)
-        except (scenarios.Skipped, DriverFailed) as error:
+        except (scenarios.Skipped, Unsupported, DriverFailed) as error:
             say(f"  {error}")
-            results["scenarios"][name] = {"title": f"Scenario {name}", "columns": [], "rows": [], "note": f"Not measured: {error}"}
+            results["scenarios"][name] = not_measured(name, str(error))
+        except Exception as error:  # the others are measured for all that
+            traceback.print_exc()
+            failed.append(name)
+            results["scenarios"][name] = not_measured(name, f"{type(error).__name__}: {error}")
         report.write(folder, results)
     report.write(folder, results)
     report.plot(folder, say)
     print((folder / "results.md").read_text())
     say(f"written to {folder}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def not_measured(scenario: str, reason: str) -> dict[str, Any]:
+    return {"title": f"Scenario {scenario}", "columns": [], "rows": [], "note": f"Not measured: {reason}"}
 
 
 def parse() -> argparse.Namespace:
@@ -126,26 +139,27 @@ def sampling(text: str) -> dict[str, float]:
 
 
 def make_setup(
-    settings: Settings, dtype: str, model: pathlib.Path, config: ModelConfig, prepared: adapters.Prepared, systems: Sequence[str], say: Any
+    settings: Settings, dtype: str, model: pathlib.Path, config: ModelConfig, prepared: adapters.Prepared, gguf_cache: pathlib.Path | None, say: Any
 ) -> dict[str, Any]:
-    """What every driver starts from; each takes what concerns it."""
+    """What every driver starts from; each takes what concerns it. GGUF files are written to `gguf_cache`, if there is one to write them for."""
     setup = {
         "model": str(model), "dtype": dtype, "environment": settings.environment(), "repository": str(prepared.repository),
         "store": str(prepared.store), "adapters": {name: str(folder) for name, folder in zip(prepared.names, prepared.folders)},
         "slots": settings.max_slots, "max_seq_len": settings.max_seq_len, "max_rank": max(adapters.RANKS),
         "llama_server": str(PROJECT / ".venv-bench-llama/bin/llama-server"), "vllm": str(PROJECT / ".venv-bench-vllm/bin/vllm"),
     }  # fmt: skip
-    if "llama" in systems:
+    if gguf_cache and (PROJECT / DRIVERS["llama"].needs).exists():
         try:
-            setup |= gguf_setup(settings, dtype, model, config, prepared, say)
+            setup |= gguf_setup(settings, dtype, model, config, prepared, gguf_cache / "gguf" / dtype, say)
         except NoGguf as reason:
-            say(str(reason))
+            setup["no_gguf"] = str(reason)
     return setup
 
 
-def gguf_setup(settings: Settings, dtype: str, model: pathlib.Path, config: ModelConfig, prepared: adapters.Prepared, say: Any) -> dict[str, Any]:
+def gguf_setup(
+    settings: Settings, dtype: str, model: pathlib.Path, config: ModelConfig, prepared: adapters.Prepared, folder: pathlib.Path, say: Any
+) -> dict[str, Any]:
     """GGUF files of the base model and of the adapters; made once."""
-    folder = settings.cache_dir / "bench" / "gguf" / f"{model.name}-{dtype}"
     folder.mkdir(parents=True, exist_ok=True)
     base = folder / "model.gguf"
     if not base.exists():

@@ -4,6 +4,7 @@ All linear layers, non-zero, half of rank 8 and half of rank 16, from a seed. Th
 """
 
 import dataclasses
+import hashlib
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -48,6 +49,13 @@ def random_adapter(config: ModelConfig, rank: int, seed: int, dtype: Any = np.fl
             b = random.standard_normal((at.out_features, rank), np.float32) * np.float32(B_SCALE)
             modules[module] = peft.LoraPair(a.astype(dtype), b.astype(dtype), parsed.scale(module))
     return peft.LoraAdapter(modules, raw)
+
+
+def cache_of(settings: Settings, model: pathlib.Path) -> pathlib.Path:
+    """The folder for adapters and files that fit this base model."""
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in model.iterdir() if path.suffix in (".json", ".safetensors"))
+    key = hashlib.sha256(repr((str(model), files)).encode()).hexdigest()[:16]
+    return settings.cache_dir / "bench" / key
 
 
 def prepare(folder: pathlib.Path, config: ModelConfig, settings: Settings, ranks: Sequence[int], dtype: Any = np.float32) -> Prepared:

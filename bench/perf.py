@@ -21,7 +21,7 @@ import numpy as np
 
 from bench import adapters
 from bench.workloads import Prompts
-from client import Client
+from client import Client, wire
 from client.errors import ServerUnreachable
 from jaxlora.checkpoint import resolve
 from jaxlora.config import ModelConfig
@@ -31,7 +31,6 @@ from jaxlora.text import Tokenizer
 from server import preflight, repository
 from server.launch import ServerDied, TritonServer
 
-MODEL = "llm"
 INSTALLED = repository.PROJECT / ".venv-perf" / "bin"
 PROMPTS = 256
 """So many different ones; then they come again."""
@@ -59,7 +58,7 @@ def main() -> None:
             inputs = stem.with_suffix(".inputs.json")
             inputs.write_text(json.dumps(input_data(texts, options.answer, mix)))
             for count in options.concurrency:
-                command = [tool, "-m", MODEL, "-u", url, "--input-data", str(inputs), *further]
+                command = [tool, "-m", wire.ENSEMBLE, "-u", url, "--input-data", str(inputs), *further]
                 table.append((title, str(count), *run(command, count, max(count, options.requests), stem.with_name(f"{stem.name}-{count}"))))
     print("\n".join(f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *table)))
     print(f"\nprompt {options.prompt}, answer {options.answer} tokens, greedy; written to {folder}")
@@ -100,7 +99,7 @@ def server(url: str | None, settings: Settings, model: pathlib.Path) -> Iterator
         return
     print(f"no server at {there}; starting one", flush=True)
     preflight.check(settings)
-    prepared = adapters.prepare(settings.cache_dir / "bench", ModelConfig.from_folder(model), settings, adapters.sixteen())
+    prepared = adapters.prepare(adapters.cache_of(settings, model), ModelConfig.from_folder(model), settings, adapters.sixteen())
     with TritonServer(settings, model_repository=prepared.repository) as started:
         yield started.grpc_url
 

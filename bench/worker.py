@@ -109,14 +109,12 @@ class Worker:
         log_path: what the driver and its libraries print.
     """
 
-    def __init__(
-        self, name: str, python: str, module: str, log_path: pathlib.Path, folder: pathlib.Path, environ: Mapping[str, str] | None = None
-    ):
+    def __init__(self, name: str, python: str, module: str, log_path: pathlib.Path, folder: pathlib.Path):
         self.name, self.log_path = name, log_path
         self._log = log_path.open("ab")
         self._process = subprocess.Popen(
             [python, "-m", module], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-            env=allocator.environment({**os.environ, **(environ or {})}), text=True,
+            env=allocator.environment(os.environ), text=True,
         )
         self.pid = self.driver_pid = self._process.pid
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()

@@ -1,7 +1,7 @@
 """What is asked: prompts from a seed, which adapter each takes, how many come at once. The same for every system.
 
 A prompt consists of words that are one token each, so that its text and its token ids say the same to every front door. Every repetition
-has prompts of its own, so that no system can answer from a cache what it is to compute.
+of every row has prompts of its own, so that no system can answer from a cache what it is to compute.
 """
 
 import dataclasses
@@ -71,7 +71,8 @@ class Prompts:
     def requests(self, row: Row, adapters: Sequence[str], repetition: int, answer: int | None = None) -> list[Request]:
         """The requests of one repetition of a row; `answer` shortens the answers, to warm up."""
         names = {"base": [""], "one": adapters[:1], "mixed": adapters}[row.mix]
-        made = (self.make(row.prompt, repetition, row.streams, row.prompt, index) for index in range(row.streams))
+        seed = repetition, row.streams, row.prompt, row.answer, list(MIXES).index(row.mix)
+        made = (self.make(row.prompt, *seed, index) for index in range(row.streams))
         return [
             Request(ids, text, answer or row.answer, names[index % len(names)], self._sampling) for index, (ids, text) in enumerate(made)
         ]
@@ -87,8 +88,8 @@ def single_token_words(tokenizer: Tokenizer) -> np.ndarray:
     return np.array(found)
 
 
-def zipf(adapters: Sequence[str], count: int, seed: int, exponent: float = 1.0) -> list[str]:
-    """So many draws of adapters, the k-th with a probability proportional to 1 / k^exponent."""
-    weights = 1.0 / np.arange(1, len(adapters) + 1) ** exponent
+def zipf(adapters: Sequence[str], count: int, seed: int) -> list[str]:
+    """So many draws of adapters, the k-th with a probability proportional to 1 / k."""
+    weights = 1.0 / np.arange(1, len(adapters) + 1)
     drawn = np.random.default_rng(seed).choice(len(adapters), count, p=weights / weights.sum())
     return [adapters[index] for index in drawn]

@@ -11,9 +11,12 @@ import pytest
 
 from bench import processes, report, session
 from bench.__main__ import sampling
+from bench.adapters import cache_of
 from bench.drivers import System
+from bench.drivers.peer_llama import answer_of
 from bench.worker import Answer, DriverFailed, Request, Unsupported, Worker
-from bench.workloads import Prompts, Row, rows, zipf
+from bench.workloads import MIXES, Prompts, Row, rows, zipf
+from jaxlora.settings import Settings
 from jaxlora.text import Tokenizer
 from server.repository import PROJECT
 
@@ -97,6 +100,35 @@ def test_processes_are_counted_with_their_descendants(worker):
     assert processes.tree(os.getpid()).count(worker.pid) == 1
     assert 1 << 20 < processes.memory_bytes(worker.pid) < 1 << 30
     assert processes.cpu_seconds(os.getpid()) >= processes.cpu_seconds(worker.pid) > 0
+
+
+def test_tokens_of_llama_server_without_text_of_their_own_are_counted():
+    response = lambda so_far, *tokens, stop=False: json.dumps({"tokens": tokens, "tokens_predicted": so_far, "stop": stop})
+    whole = [(1.0, response(1, 5)), (2.0, response(2, 6)), (2.1, response(2, stop=True))]
+    assert answer_of(0.5, whole) == Answer(0.5, [(1.0, 1), (2.0, 1)], 2, [5, 6])
+    late = [(1.0, response(1, 5)), (3.0, response(3, 7)), (4.0, response(4, stop=True))]
+    assert answer_of(0.5, late) == Answer(0.5, [(1.0, 1), (3.0, 2), (4.0, 1)], 4, [])
+    with pytest.raises(RuntimeError, match="no slot"):
+        answer_of(0.5, [(1.0, json.dumps({"error": "no slot"}))])
+
+
+def test_no_row_has_a_prompt_of_another(default_model):
+    prompts = Prompts(Tokenizer.from_folder(default_model))
+    asked = [Row(16, answer, 2, mix) for answer in (1, 8) for mix in MIXES]
+    requests = [request for row in asked for repetition in range(2) for request in prompts.requests(row, ["a", "b"], repetition)]
+    assert len({request.text for request in requests}) == len(requests) == 24
+
+
+def test_each_base_model_has_adapters_and_files_of_its_own(tmp_path):
+    settings, caches = Settings(cache_dir=tmp_path), set()
+    for parent, weights in (("one", b"1"), ("other", b"1"), ("other", b"22")):
+        folder = tmp_path / parent / "model"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(weights)
+        caches.add(cache_of(settings, folder))
+        assert cache_of(settings, folder) in caches
+    assert len(caches) == 3
 
 
 @pytest.fixture

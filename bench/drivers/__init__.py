@@ -37,6 +37,6 @@ DRIVERS = {
     ),
     "peft": System(
         "Transformers + PEFT", "bench.drivers.peer_peft", ".venv-parity/bin/python", ".venv-parity/bin/python", False,
-        "`generate` with `adapter_names`, in process; one fixed batch, whose rows all start and end together",
+        "`generate`, with `adapter_names` where there are several adapters, in process; one fixed batch, whose rows all start and end together",
     ),
 }

@@ -25,7 +25,6 @@ from server import preflight
 from server.launch import TritonServer
 
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
-MODEL = "llm"
 START_TIMEOUT_S = 600
 
 
@@ -82,7 +81,7 @@ class TritonDriver:
 
     def _message(self, request: Request) -> service_pb2.ModelInferRequest:
         sampling = {"max_tokens": request.answer, "ignore_eos": True, **request.sampling}
-        return wire.infer_request(MODEL, fields_of(request.text, request.adapter or None, self.stream, sampling), None)
+        return wire.infer_request(wire.ENSEMBLE, fields_of(request.text, request.adapter or None, self.stream, sampling), None)
 
 
 async def _responses(call: grpc.aio.StreamStreamMultiCallable, message: bytes) -> AsyncIterator[bytes]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.drivers import http_server
 from bench.load import closed_loop, server_sent_events, stamped
-from bench.worker import Answer, Request, serve
+from bench.worker import Answer, Request, Unsupported, serve
 from server.preflight import free_ports
 
 START_TIMEOUT_S = 300
@@ -27,6 +27,8 @@ class LlamaDriver:
 
     def start(self, setup: dict[str, Any]) -> dict[str, Any]:
         [self._port] = free_ports(1)
+        if "no_gguf" in setup:
+            raise Unsupported(setup["no_gguf"])
         binary, threads = setup["llama_server"], str(len(os.sched_getaffinity(0)))
         self._adapters = {name: index for index, name in enumerate(setup["gguf_adapters"])}
         command = [
@@ -56,16 +58,23 @@ class LlamaDriver:
         }  # fmt: skip
         async with contextlib.aclosing(server_sent_events("127.0.0.1", self._port, "/completion", body)) as responses:
             sent, raw = await stamped(responses)
-        events, ids = [], []
-        for arrived, data in raw:
-            response = json.loads(data)
-            if "error" in response:
-                raise RuntimeError(response["error"])
-            tokens = response.get("tokens") or []
-            if tokens and not response.get("stop"):  # the last one repeats none
-                ids.extend(tokens)
-                events.append((arrived, len(tokens)))
-        return Answer(sent, events, len(ids), ids)
+        return answer_of(sent, raw)
+
+
+def answer_of(sent: float, raw: list[tuple[float, str]]) -> Answer:
+    """From responses and when they came. While a character lacks bytes there are none, the next one has the newest token alone, and the last of all
+    none; but each says how many there were so far."""
+    events, ids, counted = [], [], 0
+    for arrived, data in raw:
+        response = json.loads(data)
+        if "error" in response:
+            raise RuntimeError(response["error"])
+        so_far = response["tokens_predicted"]
+        if so_far > counted:
+            events.append((arrived, so_far - counted))
+            ids.extend(response["tokens"])
+        counted = so_far
+    return Answer(sent, events, counted, ids if len(ids) == counted else [])
 
 
 def _version(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Transformers and PEFT, in this process: `generate` on one batch, with an adapter for each row by `adapter_names`; and training.
+"""Transformers and PEFT, in this process: `generate` on one batch, with an adapter for each row by `adapter_names` where there are several; and training.
 
 A batch is what it takes at a time: rows start together, and none joins or leaves. A list of more requests than the concurrency is
 answered batch by batch. When each token comes is noted by a stopping criterion, which `generate` asks after every step.
@@ -67,6 +67,9 @@ class PeftDriver:
         if set(names) == {BASE}:
             with self._model.disable_adapter():
                 output = self._model.generate(input_ids=prompts, **arguments)
+        elif len(set(names)) == 1:
+            self._model.set_adapter(names[0])
+            output = self._model.generate(input_ids=prompts, **arguments)
         else:
             output = self._model.generate(input_ids=prompts, adapter_names=names, **arguments)
         ids = output[:, prompts.shape[1] :].tolist()

@@ -17,11 +17,12 @@ from typing import Any
 from bench import measure as arithmetic
 from bench.drivers import DRIVERS
 from bench.scenarios.context import Context
-from bench.worker import DriverFailed, Worker
+from bench.worker import DriverFailed, Unsupported, Worker
 from server.repository import PROJECT
 
 BATCH, LENGTH, RANK = 4, 256, 16
 STEPS, WARM_UP = 6, 2
+DTYPES = ("float32", "bfloat16")
 LEARNING_RATE = 3e-4
 DROPOUTS = (0.0, 0.05)  # as people use LoRA
 
@@ -33,19 +34,24 @@ def measure(context: Context) -> dict[str, Any]:
     system = DRIVERS["peft"]
     python = context.options.python.get("peft", str(PROJECT / system.python))
     has_peer = "peft" in context.options.systems and ((PROJECT / system.needs).exists() or "peft" in context.options.python)
-    rows, found = [], {}
-    for dtype, dropout in itertools.product(context.options.dtypes, DROPOUTS):
+    rows, found, notes = [], {}, []
+    dtypes = [dtype for dtype in context.options.dtypes if dtype in DTYPES]
+    for dtype, dropout in itertools.product(dtypes, DROPOUTS):
         case = f"{dtype}, dropout {dropout}" if dropout else dtype
         speeds: dict[str, list[float]] = {"ours": [], "peft": []}
         for turn in range(context.options.repeat):
             speeds["ours"].append(_ours(context, data, dtype, dropout, turn))
             if has_peer:
-                speeds["peft"].append(_theirs(context, python, texts, dtype, dropout))
+                try:
+                    speeds["peft"].append(_theirs(context, python, texts, dtype, dropout))
+                except (DriverFailed, Unsupported) as error:
+                    has_peer = False
+                    notes.append(f" PEFT failed ({case}): {error}.")
             context.say(f"  {case}: " + ", ".join(f"{name} {values[-1]:.0f}" for name, values in speeds.items() if values))
         found[case] = speeds
         ours = arithmetic.Spread.of(speeds["ours"])
         row = [case, f"{ours:.0f}", "", ""]
-        if has_peer:
+        if len(speeds["peft"]) == len(speeds["ours"]):
             theirs, ratio = arithmetic.Spread.of(speeds["peft"]), arithmetic.ratio(speeds["ours"], speeds["peft"])
             row[2:] = [f"{theirs:.0f}", f"{ratio:.2f}"]
         rows.append(row)
@@ -53,7 +59,7 @@ def measure(context: Context) -> dict[str, Any]:
         "title": f"Training, tokens/s: rank {RANK}, all linear layers, batch {BATCH} x {LENGTH}, AdamW",
         "columns": ["", "training.sft", "PEFT + torch", "ratio"],
         "rows": rows,
-        "note": f"Median of {STEPS - WARM_UP} steps after {WARM_UP}. In bfloat16 PEFT runs under autocast, over float32 weights.",
+        "note": f"Median of {STEPS - WARM_UP} steps after {WARM_UP}. In bfloat16 PEFT runs under autocast, over float32 weights." + "".join(notes),
         "speeds": found,
     }
 
