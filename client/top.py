@@ -22,7 +22,7 @@ from client import terminal
 from client.errors import ServerUnreachable
 from client.scrape import Between, Reading, read
 
-DEFAULT_URL = f"http://localhost:{os.environ.get('METRICS_PORT', '8002')}/metrics"
+DEFAULT_URL = f"http://localhost:{os.environ.get('METRICS_PORT') or 8002}/metrics"
 WINDOW_S = 10.0
 MAX_ROWS = 30
 

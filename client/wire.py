@@ -12,7 +12,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from jaxlora.service.fields import FIELDS
 
-DEFAULT_URL = f"localhost:{os.environ.get('GRPC_PORT', '8001')}"  # where `make serve` listens with the same environment
+DEFAULT_URL = f"localhost:{os.environ.get('GRPC_PORT') or 8001}"  # where `make serve` listens with the same environment
 DIRECT, ENSEMBLE, ADAPTERS = "jax_lora", "llm", "adapters"
 
 CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]

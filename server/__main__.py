@@ -3,6 +3,7 @@
 Knows what to show a person: what is wrong with the settings, how far the start is, what to type when it is ready.
 """
 
+import argparse
 import itertools
 import json
 import os
@@ -20,6 +21,9 @@ from server.restarts import Backoff
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        prog="python -m server", description="Serves in the foreground until Ctrl-C.", epilog="Settings are environment variables: python -m jaxlora.settings prints them."
+    ).parse_args()
     # SIGINT too: a shell starts background jobs with it ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

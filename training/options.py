@@ -78,7 +78,7 @@ class Options:
         0, "stop after so many evaluations without a better eval_loss, and keep the best adapter; 0: never", low=0
     )
     metric: tuple[str, ...] = option(
-        (), "task metric on held-out answers: exact_match, json_valid, slot_f1, bleu, or module:function", free=True
+        (), "task metric on held-out answers: exact_match, json_valid, slot_f1, bleu, file.py:function or module:function", free=True
     )
     eval_samples: int = option(100, "held-out lines that are answered for --metric", free=True, low=1)
     eval_max_tokens: int = option(128, "longest answer for --metric", free=True, low=1)

@@ -4,7 +4,6 @@ A run publishes once: a version in the store that carries the run's mark and the
 was killed on the way finds it again.
 """
 
-import hashlib
 import os
 import pathlib
 import secrets
@@ -18,7 +17,7 @@ from jaxlora import peft
 from jaxlora.adapters import AdapterName, publish
 from jaxlora.adapters.store import version_path
 from jaxlora.errors import AdapterNotFound
-from jaxlora.files import sync_folder
+from jaxlora.files import sha256, sync_folder
 from server import access
 from training import stored
 
@@ -47,7 +46,7 @@ def find_published(folder: pathlib.Path, name: AdapterName, store: pathlib.Path,
         if (
             stored.provenance(store, version).get(RUN) == run
             and weights.is_file()
-            and _sha256(weights) == _sha256(folder / peft.WEIGHTS_FILE)
+            and sha256(weights) == sha256(folder / peft.WEIGHTS_FILE)
         ):
             return version
     return None
@@ -92,8 +91,3 @@ def _verify(client: Client, version: AdapterName, say: Callable[[str], None]) ->
     if serving != version.version:
         command = f"python -m client.adapters serve {version.unpinned} --version {version.version}"
         say(f"its policy serves version {serving} under the name alone: {command} changes that")
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,6 @@ build)`.
 """
 
 import dataclasses
-import hashlib
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 from jaxlora import peft
 from jaxlora.adapters import AdapterName
 from jaxlora.errors import AdapterInvalid, ServingError, SetupError
+from jaxlora.files import sha256
 from jaxlora.lora import Adapter
 from jaxlora.settings import Settings
 from jaxlora.weights import Weights
@@ -131,7 +131,7 @@ def check_name(name: str) -> AdapterName:
 def run_config(task: Task, method: Method, script: str) -> dict[str, Any]:
     """Everything that defines what a run computes."""
     files = {"data": task.options.data, "eval_data": task.options.eval_data}
-    hashes = {f"{name}_sha256": _sha256(path) for name, path in files.items() if path is not None}
+    hashes = {f"{name}_sha256": sha256(path) for name, path in files.items() if path is not None}
     method_facts = {f"method_{name}": value for name, value in method.facts.items()}
     start = {START: task.init and str(task.init)}
     return {"method": script, **task.options.defining(), **start, **task.base.identity(), **hashes, **method_facts}
@@ -174,8 +174,3 @@ def _start(options: Options, base: Base, init: AdapterName | None) -> tuple[Adap
 
 def _short_names(base: Base) -> set[str]:
     return {at.name for at in base.config.linear_paths().values()}
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
