@@ -101,7 +101,8 @@ def _precision(dtype: str, found: Mapping[str, Any], results: Mapping[str, Any])
     parts = [
         "\n".join(f"- {DRIVERS[name].title}: {_system(systems[name])}; {DRIVERS[name].note}" for name in names),
         *section("Decode, tokens/s (\\*: the streams never all generate together; then from the first token to the last)", _decode),
-        f"One stream that reads every weight once a token: at most {limit:.0f} tokens/s at the memory bandwidth of this run.",
+        f"One stream that reads every weight once a token, {8 * WEIGHT_BYTES[dtype]:g} bits each: at most {limit:.0f} tokens/s at the memory bandwidth of this run."
+        + (" With AMX this server keeps them in 12 bits." if "amx_bf16" in results["machine"]["features"] and dtype == "bfloat16" else ""),
         *_ratio_section(rows, names, label),
         *section("Whole answers, tokens/s (from the first request to the last token)", lambda it: _spread(it["output"])),
         *section("Prompts, tokens/s (until every stream has its first token)", lambda it: _spread(it["prefill"])),

@@ -156,6 +156,7 @@ _TABLE = (
     Field("repetition_penalty", "TYPE_FP32", _number(0, 100, open_low=True), 1.0),
     Field("frequency_penalty", "TYPE_FP32", _PENALTY, 0.0),
     Field("presence_penalty", "TYPE_FP32", _PENALTY, 0.0),
+    # Taken since other servers' clients send it; it matters to beam search alone.
     Field("length_penalty", "TYPE_FP32", _number(-100, 100), 1.0),
     Field("beam_width", "TYPE_INT32", _only(1, "beam search is not offered"), 1),
     Field("seed", "TYPE_UINT64", _SEED),
@@ -163,6 +164,7 @@ _TABLE = (
     Field("priority", "TYPE_INT32", _whole(-MAX_PRIORITY, MAX_PRIORITY), 0),
     Field("stop_words", "TYPE_STRING", _words, (), dims=-1),
     Field("bad_words", "TYPE_STRING", _words, (), dims=-1),
+    # Taken for the same reason; all three are always returned.
     Field("return_num_input_tokens", "TYPE_BOOL", _flag, False),
     Field("return_num_output_tokens", "TYPE_BOOL", _flag, False),
     Field("return_finish_reason", "TYPE_BOOL", _flag, False),
