@@ -49,8 +49,8 @@ def main() -> int:
 def _serve(settings: Settings, restarts: int) -> float:
     """Serves until the engine stops; gives the seconds that it served."""
     started = time.monotonic()
-    preflight.check(settings, progress=_say)
-    with TritonServer(settings, on_line=_forward, restarts=restarts) as server:
+    folder = preflight.check(settings, progress=_say)
+    with TritonServer(settings, on_line=_forward, restarts=restarts, base_folder=folder) as server:
         ready = time.monotonic()
         _say(f"ready after {ready - started:.0f} s\n")
         print(_welcome(server), flush=True)

@@ -6,16 +6,22 @@ Runs inside Triton's Python backend, and is the only module beside the models th
 
 import functools
 import json
+import os
+import pathlib
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxlora.checkpoint import resolve
 from jaxlora.errors import ServingError, SetupError
 from jaxlora.service.fields import FIELDS, INPUT_IDS
 from jaxlora.settings import Settings
 
 PROGRESS = "progress: "
 """What a printed line begins with when a person who waits for the server should see it."""
+
+BASE_FOLDER = "JAXLORA_BASE_FOLDER"
+"""The environment variable in which the launcher names the base model's folder."""
 
 _LISTS = {field.name for field in (*FIELDS.values(), INPUT_IDS) if field.dims == -1}
 
@@ -29,6 +35,18 @@ def settings(args: Mapping[str, str]) -> Settings:
     """The settings of a model: `args` is what Triton gives to `initialize`. Raises SetupError for wrong values."""
     parameters = json.loads(args["model_config"]).get("parameters", {})
     return Settings.read(parameters={name: value["string_value"] for name, value in parameters.items()})
+
+
+def base_folder(settings: Settings) -> pathlib.Path:
+    """The base model's folder: the one that the launcher found, so that whatever is loaded later has the same and finds it at once, or else found here.
+
+    Raises:
+        SetupError: see `jaxlora.checkpoint.resolve`.
+    """
+    found = os.environ.get(BASE_FOLDER)
+    if found and pathlib.Path(found, "config.json").is_file():
+        return pathlib.Path(found)
+    return resolve(settings.model, settings.cache_dir, progress)
 
 
 def rows(request: Any) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from jaxlora import allocator
 from jaxlora.settings import Settings
 from server import access, installation, repository
+from server.backend import BASE_FOLDER
 from server.lifeline import Lifeline
 
 EXIT_TIMEOUT_S = 10
@@ -62,6 +63,7 @@ class TritonServer:
         on_line: called with every line of output, from a thread of its own.
         arguments: further arguments for `tritonserver`.
         restarts: how many servers before this one had to be replaced, for its metrics.
+        base_folder: the base model's folder, where it is known; else each model looks for it.
 
     `start` must be called from a thread that lives as long as the server may: when that thread ends, even by SIGKILL, the server is
     told to stop.
@@ -78,6 +80,7 @@ class TritonServer:
         on_line: Callable[[str], None] | None = None,
         arguments: tuple[str, ...] = (),
         restarts: int = 0,
+        base_folder: pathlib.Path | None = None,
     ):
         self.settings = settings
         self.model_repository = model_repository
@@ -89,7 +92,7 @@ class TritonServer:
         self.metrics_url = f"http://{host}:{settings.metrics_port}/metrics"
         self._environ = environ
         self._on_line = on_line or (lambda line: None)
-        self._arguments = arguments
+        self._arguments, self._base_folder = arguments, base_folder
         self._shared_memory = f"jaxlora-{uuid.uuid4().hex[:12]}-"
         self._lifeline = Lifeline(restarts)
         self._process: subprocess.Popen | None = None
@@ -249,6 +252,8 @@ class TritonServer:
     def _environment(self, found: installation.Installation) -> dict[str, str]:
         environment = allocator.environment({**self._environ, **self.settings.environment(), **self._lifeline.environment})
         environment.pop("AIP_MODE", None)  # it would open Vertex AI's routes, which ask for no key
+        environment.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy starts threads as it is imported, in every model, which none of them uses
+        environment[BASE_FOLDER] = str(self._base_folder or "")
         before = {
             "PATH": [pathlib.Path(sys.prefix, "bin")],  # the Python backend takes its packages from the first python3 there
             # For stubs that read it. Those of the wheel are isolated from the environment, and find the project as their working folder.

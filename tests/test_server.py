@@ -205,6 +205,18 @@ class TestBackend:
         found = backend.settings(args)
         assert (found.max_slots, found.max_queue) == (3, 8)
 
+    def test_the_base_model_is_where_the_launcher_found_it_as_long_as_it_is_there(self, settings, tmp_path, monkeypatch):
+        server = TritonServer(dataclasses.replace(settings, model="no/such model"), base_folder=tmp_path / "base")
+        found = installation.Installation(pathlib.Path(sys.executable), None, (), "here")
+        monkeypatch.setenv(backend.BASE_FOLDER, server._environment(found)[backend.BASE_FOLDER])
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base" / "config.json").write_text("{}")
+        assert backend.base_folder(server.settings) == tmp_path / "base"
+        (tmp_path / "base" / "config.json").unlink()
+        with pytest.raises(SetupError, match="MODEL: there is no folder 'no/such model'"):
+            backend.base_folder(server.settings)
+        assert not TritonServer(settings)._environment(found)[backend.BASE_FOLDER]
+
     @pytest.fixture
     def pb_utils(self, monkeypatch):
         """As much of Triton's module as errors need."""

@@ -37,7 +37,7 @@ class TritonDriver:
         ports = dict(zip(preflight.PORTS, preflight.free_ports(len(preflight.PORTS)), strict=True))
         settings = dataclasses.replace(Settings.read(setup["environment"]), **ports)
         begin = time.monotonic()
-        self._server = TritonServer(settings, model_repository=pathlib.Path(setup["repository"]))
+        self._server = TritonServer(settings, model_repository=pathlib.Path(setup["repository"]), base_folder=pathlib.Path(setup["model"]))
         self._server.start()
         self._server.wait_until_ready(START_TIMEOUT_S)
         ready_s = time.monotonic() - begin

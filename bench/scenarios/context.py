@@ -46,7 +46,7 @@ class Context:
         Raises:
             Skipped: one of them does not start.
         """
-        setup = {"environment": settings.environment(), "repository": str(prepared.repository), "store": str(prepared.store)}
+        setup = {"model": str(self.model), "environment": settings.environment(), "repository": str(prepared.repository), "store": str(prepared.store)}
         with Session(setup, self.options.python, self.folder, self.say).systems(names) as session:
             if session.missing:
                 raise Skipped("; ".join(f"{name}: {reason}" for name, reason in session.missing.items()))

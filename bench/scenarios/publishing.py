@@ -11,7 +11,7 @@ from bench import adapters, measure as arithmetic
 from bench.scenarios.context import Context
 from bench.worker import Request
 from client import Client
-from jaxlora.adapters import AdapterName, Store, publish
+from jaxlora.adapters import AdapterName, Store, catalogue_path, publish
 
 PROMPT, ANSWER, STREAMS = 64, 128, 8
 NAME = "bench/published"
@@ -42,6 +42,7 @@ def measure(context: Context) -> dict[str, Any]:
                         seconds.extend(publisher.seconds[published:])
     finally:
         shutil.rmtree(Store(prepared.store).adapter_path(AdapterName.parse(NAME)), ignore_errors=True)
+        catalogue_path(settings.cache_dir, prepared.store).unlink(missing_ok=True)  # it would hold the next run to the versions of this one
     p99 = {kind: arithmetic.percentile(found, 99) for kind, found in gaps.items()}
     rows = [[kind, f"{arithmetic.percentile(found, 50):.1f}", f"{p99[kind]:.1f}", f"{max(found):.1f}"] for kind, found in gaps.items()]
     return {

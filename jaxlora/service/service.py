@@ -40,6 +40,7 @@ class LoraService:
         catalogue: another catalogue of the store than the one that its server keeps.
         log: where the line of each request goes; closed with the service.
         stopped: told why, once the engine has stopped by itself and every request has ended.
+        folder: the base model's, where it is known; else it is looked for.
 
     Raises:
         SetupError: the base model can't be served with these settings.
@@ -53,10 +54,11 @@ class LoraService:
         catalogue: CatalogueReader | None = None,
         log: RequestLog | None = None,
         stopped: Callable[[EngineError], None] = lambda error: None,
+        folder: pathlib.Path | None = None,
     ):
         self.settings = settings
         keep_compiled_programs(settings.cache_dir)
-        folder = resolve(settings.model, settings.cache_dir, progress)
+        folder = folder or resolve(settings.model, settings.cache_dir, progress)
         self.config = ModelConfig.from_folder(folder)
         check_length(settings, self.config)
         self.tokenizer = Tokenizer.from_folder(folder)

@@ -153,7 +153,7 @@ def test_the_example_of_the_readme_runs_as_it_stands(server, client, capsys):
     (example,) = re.findall(r"```python\n(from client import Client\n.*?)```", (PROJECT / "README.md").read_text(), re.S)
     assert "localhost:8001" in example and "alice/sql" in example
     exec(example.replace("localhost:8001", server.grpc_url), {})
-    streamed = client.generate("The capital of France is", adapter="alice/sql", max_tokens=24)
+    streamed = client.generate("The capital of France is", max_tokens=24)
     chat = client.chat([{"role": "user", "content": "What is the capital of France?"}])
     assert capsys.readouterr().out == f"{streamed.text}{chat.text} {chat.adapter} {chat.usage.completion_tokens}\n"
 

@@ -9,7 +9,6 @@ import triton_python_backend_utils as pb_utils
 
 from jaxlora.adapters import CatalogueReader, catalogue_path, refresh
 from jaxlora.adapters.query import answer
-from jaxlora.checkpoint import resolve
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterInvalid
 from jaxlora.peft import Limits
@@ -22,7 +21,7 @@ class TritonPythonModel:
     @backend.refusing
     def initialize(self, args: dict[str, str]) -> None:
         settings = backend.settings(args)
-        base = ModelConfig.from_folder(resolve(settings.model, settings.cache_dir, backend.progress))
+        base = ModelConfig.from_folder(backend.base_folder(settings))
         store = pathlib.Path(args["model_repository"])
         (store / "users").mkdir(exist_ok=True)
         catalogue = catalogue_path(settings.cache_dir, store)

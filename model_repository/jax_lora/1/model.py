@@ -24,7 +24,7 @@ class TritonPythonModel:
         self.name = args["model_name"]
         log = RequestLog(self.settings.request_log)
         with garbage.kept_from_start():
-            self.service = LoraService(self.settings, store, backend.progress, log=log, stopped=self._stopped)
+            self.service = LoraService(self.settings, store, backend.progress, log=log, stopped=self._stopped, folder=backend.base_folder(self.settings))
         self.service.observer.registry.set("lora_engine_restarts", value=lifeline.restarts())
         self.sender, self.watcher = Sender(self.settings.stream_responses_per_s), Watcher()
         self.metrics = MetricsSender(self.service.observer.registry, self.service.state.record)

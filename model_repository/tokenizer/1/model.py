@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from jaxlora.checkpoint import resolve
 from jaxlora.service.fields import INPUT_IDS, merge_fields
 from jaxlora.service.metrics import Registry
 from jaxlora.service.prompts import prompt_ids
@@ -26,7 +25,7 @@ class TritonPythonModel:
     @backend.refusing
     def initialize(self, args: dict[str, str]) -> None:
         self.settings = backend.settings(args)
-        self.tokenizer = Tokenizer.from_folder(resolve(self.settings.model, self.settings.cache_dir, backend.progress))
+        self.tokenizer = Tokenizer.from_folder(backend.base_folder(self.settings))
         registry = Registry()
         self.log = RequestLog(self.settings.request_log)
         self.refusals, self.metrics = Refusals(registry, self.log), Sender(registry)
