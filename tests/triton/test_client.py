@@ -149,11 +149,14 @@ def test_one_client_serves_many_threads(client, local):
     assert found == [outcome(local, *request) for request in work]
 
 
-def test_the_example_of_the_readme_runs_as_it_stands(server, client, capsys):
+@pytest.mark.parametrize("adapter", [None, "alice/sql"])
+def test_the_example_of_the_readme_runs_as_it_stands_and_with_its_adapter(server, client, capsys, adapter):
     (example,) = re.findall(r"```python\n(from client import Client\n.*?)```", (PROJECT / "README.md").read_text(), re.S)
-    assert "localhost:8001" in example and "alice/sql" in example
+    assert "localhost:8001" in example and "max_tokens=24):  # adapter=\"alice/sql\" once" in example
+    if adapter:
+        example = example.replace("max_tokens=24):", f"max_tokens=24, adapter={adapter!r}):")
     exec(example.replace("localhost:8001", server.grpc_url), {})
-    streamed = client.generate("The capital of France is", max_tokens=24)
+    streamed = client.generate("The capital of France is", adapter=adapter, max_tokens=24)
     chat = client.chat([{"role": "user", "content": "What is the capital of France?"}])
     assert capsys.readouterr().out == f"{streamed.text}{chat.text} {chat.adapter} {chat.usage.completion_tokens}\n"
 
