@@ -142,13 +142,14 @@ def make_setup(
     settings: Settings, dtype: str, model: pathlib.Path, config: ModelConfig, prepared: adapters.Prepared, gguf_cache: pathlib.Path | None, say: Any
 ) -> dict[str, Any]:
     """What every driver starts from; each takes what concerns it. GGUF files are written to `gguf_cache`, if there is one to write them for."""
+    llama_server = PROJECT / DRIVERS["llama"].needs
     setup = {
         "model": str(model), "dtype": dtype, "environment": settings.environment(), "repository": str(prepared.repository),
         "store": str(prepared.store), "adapters": {name: str(folder) for name, folder in zip(prepared.names, prepared.folders)},
         "slots": settings.max_slots, "max_seq_len": settings.max_seq_len, "max_rank": max(adapters.RANKS),
-        "llama_server": str(PROJECT / ".venv-bench-llama/bin/llama-server"), "vllm": str(PROJECT / ".venv-bench-vllm/bin/vllm"),
+        "llama_server": str(llama_server), "vllm": str(PROJECT / DRIVERS["vllm"].needs),
     }  # fmt: skip
-    if gguf_cache and (PROJECT / DRIVERS["llama"].needs).exists():
+    if gguf_cache and llama_server.exists():
         try:
             setup |= gguf_setup(settings, dtype, model, config, prepared, gguf_cache / "gguf" / dtype, say)
         except NoGguf as reason:

@@ -98,9 +98,9 @@ def server(url: str | None, settings: Settings, model: pathlib.Path) -> Iterator
         yield there
         return
     print(f"no server at {there}; starting one", flush=True)
-    folder = preflight.check(settings)
+    preflight.check(settings)
     prepared = adapters.prepare(adapters.cache_of(settings, model), ModelConfig.from_folder(model), settings, adapters.sixteen())
-    with TritonServer(settings, model_repository=prepared.repository, base_folder=folder) as started:
+    with TritonServer(settings, model_repository=prepared.repository, base_folder=model) as started:
         yield started.grpc_url
 
 

@@ -1,11 +1,14 @@
 """Publishing while others generate: every few seconds a new version goes live through Triton's model control, a stream asks for the newest, and the
 other streams should not notice."""
 
+import contextlib
 import itertools
 import shutil
 import threading
 import time
-from typing import Any, Self
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from bench import adapters, measure as arithmetic
 from bench.scenarios.context import Context
@@ -32,10 +35,7 @@ def measure(context: Context) -> dict[str, Any]:
                 for kind, found in gaps.items():
                     requests = _requests(context, prepared.names, repetition, kind)
                     published = len(publisher.seconds)
-                    if kind == "with":
-                        with publisher:
-                            answers, _ = session.turn("triton", requests, STREAMS)
-                    else:
+                    with publisher.beside() if kind == "with" else contextlib.nullcontext():
                         answers, _ = session.turn("triton", requests, STREAMS)
                     if repetition >= 0:
                         others = [answer for answer, request in zip(answers, requests) if request.adapter != NAME]
@@ -58,13 +58,12 @@ def measure(context: Context) -> dict[str, Any]:
 
 
 class _Publisher:
-    """Publishes and makes live, every EVERY_S seconds from a thread of its own while a `with` block runs."""
+    """Publishes and makes live, and notes how long it takes."""
 
     def __init__(self, context: Context, prepared: adapters.Prepared, client: Client):
         self._store, self._client = prepared.store, client
         self._adapters = itertools.cycle([adapters.random_adapter(context.config, RANK, 1000 + seed) for seed in range(DIFFERENT)])
         self.seconds: list[float] = []
-        self._error: Exception | None = None
 
     def publish(self) -> None:
         adapter, begin = next(self._adapters), time.monotonic()
@@ -72,26 +71,23 @@ class _Publisher:
         self._client.load_adapters()
         self.seconds.append(time.monotonic() - begin)
 
-    def __enter__(self) -> Self:
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        return self
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Every EVERY_S seconds, from a thread of its own, while the block runs. What fails there is raised when the block ends."""
+        over = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(self._again_and_again, over)
+            try:
+                yield
+            finally:
+                over.set()
+        done.result()
 
-    def __exit__(self, *exception: object) -> None:
-        self._over.set()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        try:
-            while not self._over.is_set():
-                begin = time.monotonic()
-                self.publish()
-                self._over.wait(max(0.0, begin + EVERY_S - time.monotonic()))
-        except Exception as error:
-            self._error = error
+    def _again_and_again(self, over: threading.Event) -> None:
+        while not over.is_set():
+            begin = time.monotonic()
+            self.publish()
+            over.wait(max(0.0, begin + EVERY_S - time.monotonic()))
 
 
 def _requests(context: Context, names: list[str], repetition: int, kind: str) -> list[Request]:
