@@ -15,29 +15,45 @@ class TestLatency:
         breaker = self.breaker()
         for at in range(MIN_VALUES - 1):
             breaker.observe("token", 1.0, at)
-        assert breaker.state is State.CLOSED and breaker.refusal_s(7) == 0
+        assert breaker.state(6) is State.CLOSED and breaker.refusal_s(7) == 0
         breaker.observe("token", 1.0, 7)
-        assert breaker.state is State.OPEN and breaker.refusal_s(8) == 4
+        assert breaker.state(7) is State.OPEN and breaker.refusal_s(8) == 4
         assert breaker.cause == "the token is 1 s on average; the bound is 0.1 s"
 
     def test_what_is_older_than_the_window_does_not_count(self):
         breaker = self.breaker()
         for at in range(100):
             breaker.observe("token", 1.0, 3 * at)
-        assert breaker.state is State.CLOSED
+        assert breaker.state(300) is State.CLOSED
 
     def test_probes_below_the_bounds_close_it(self):
         breaker = self.breaker()
         for _ in range(MIN_VALUES):
             breaker.observe("token", 1.0, 0)
         assert [breaker.refusal_s(5) for _ in range(MIN_VALUES + 1)] == [0] * MIN_VALUES + [5], "so many probes, then a wait"
-        assert breaker.state is State.HALF_OPEN
+        assert breaker.state(5) is State.HALF_OPEN
         for _ in range(MIN_VALUES):
             breaker.observe("token", 0.01, 6)
-        assert breaker.state is State.HALF_OPEN, "nothing is known of the queue yet"
+        assert breaker.state(6) is State.HALF_OPEN, "nothing is known of the queue yet"
         for _ in range(MIN_VALUES):
             breaker.observe("queue", 0.01, 6)
-        assert breaker.state is State.CLOSED and breaker.refusal_s(6) == 0
+        assert breaker.state(6) is State.CLOSED and breaker.refusal_s(6) == 0
+
+    def test_few_good_values_at_a_time_close_it_too(self):
+        breaker = self.breaker(queue=0)
+        for _ in range(MIN_VALUES):
+            breaker.observe("token", 1.0, 0)
+        for count in range(MIN_VALUES):
+            now = 10 + 4 * count
+            assert breaker.refusal_s(now) == 0 and breaker.state(now) is State.HALF_OPEN
+            breaker.observe("token", 0.01, now)
+        assert breaker.state(now) is State.CLOSED
+
+    def test_it_is_half_open_when_its_time_is_over_whether_or_not_somebody_asks(self):
+        breaker = self.breaker()
+        for _ in range(MIN_VALUES):
+            breaker.observe("token", 1.0, 0)
+        assert [breaker.state(now) for now in (0, 4.9, 5, 1000)] == [State.OPEN, State.OPEN, State.HALF_OPEN, State.HALF_OPEN]
 
     def test_probes_over_a_bound_open_it_again(self):
         breaker = self.breaker(queue=0)
@@ -45,7 +61,7 @@ class TestLatency:
             breaker.refusal_s(now)
             for _ in range(MIN_VALUES):
                 breaker.observe("token", 1.0, now)
-            assert breaker.state is State.OPEN and breaker.refusal_s(now) == 5
+            assert breaker.state(now) is State.OPEN and breaker.refusal_s(now) == 5
 
     def test_probes_that_tell_nothing_are_followed_by_others(self):
         breaker = self.breaker()
@@ -58,17 +74,17 @@ class TestLatency:
         breaker = self.breaker(token=0, queue=0)
         for _ in range(100):
             breaker.observe("token", 1e9, 0)
-        assert breaker.state is State.CLOSED
+        assert breaker.state(0) is State.CLOSED
 
 
 class TestAdapter:
     def test_one_that_fails_again_and_again_is_refused_alone_and_forgiven_after_a_success(self):
         breaker = AdapterBreaker(3, open_s=30)
         assert [breaker.failed("bad", "NaN", now) for now in range(3)] == [False, False, True]
-        assert (breaker.refusal_s("bad", 12), breaker.refusal_s("good", 12), breaker.state) == (20, 0, State.OPEN)
-        assert [breaker.refusal_s("bad", 32), breaker.refusal_s("bad", 33)] == [0, 29], "one probe"
+        assert (breaker.refusal_s("bad", 12), breaker.refusal_s("good", 12), breaker.state(12)) == (20, 0, State.OPEN)
+        assert [breaker.state(32), breaker.refusal_s("bad", 32), breaker.refusal_s("bad", 33)] == [State.HALF_OPEN, 0, 29], "one probe"
         breaker.succeeded("bad")
-        assert breaker.refusal_s("bad", 34) == 0 and breaker.state is State.CLOSED
+        assert breaker.refusal_s("bad", 34) == 0 and breaker.state(34) is State.CLOSED
 
     def test_a_probe_that_fails_has_it_refused_again(self):
         breaker = AdapterBreaker(1, open_s=30)

@@ -395,6 +395,32 @@ def test_an_adapter_that_is_asked_for_again_on_its_way_is_placed(program, reader
         engine.stop()
 
 
+def test_who_asks_for_an_adapter_while_it_is_being_placed_starts_no_second_load(program, readers):
+    placing, go_on = threading.Event(), threading.Event()
+
+    def put_adapter(slot, vector, rank):
+        placing.set()
+        assert go_on.wait(10)
+
+    program.put_adapter = put_adapter
+    engine = Engine(program, readers, Limits(queue_timeout_s=30))
+    try:
+        readers.arrive(*"abcde")
+        for key in "abcd":  # as many as may be on their way at a time
+            placing.clear()
+            go_on.clear()
+            first = submit(engine, adapter=key, max_tokens=1)
+            assert placing.wait(10)
+            second = submit(engine, adapter=key, max_tokens=1)
+            go_on.set()
+            assert first.wait().error is None and second.wait().error is None
+        assert submit(engine, (1,), adapter="e", max_tokens=1, timeout_s=5).wait().tokens == [2]
+        assert engine.load()["adapters_placed"] == 5 and engine.load()["adapters_evicted"] == 3
+    finally:
+        go_on.set()
+        engine.stop()
+
+
 def test_an_adapter_that_cannot_be_read_fails_its_request_alone(engine, readers):
     readers("bad").set_exception(OSError("gone"))
     other = submit(engine, (5,), max_tokens=30)

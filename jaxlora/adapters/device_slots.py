@@ -31,6 +31,7 @@ class DeviceSlots:
         self._free = list(range(n - 1, -1, -1))
         self._holders: dict[Hashable, _Holder] = {}
         self._idle: collections.OrderedDict[Hashable, None] = collections.OrderedDict()
+        self.evicted = 0
 
     def acquire(self, key: Hashable) -> Acquired | None:
         """Takes a reference on the slot of an adapter; None while all slots are held by others."""
@@ -42,6 +43,7 @@ class DeviceSlots:
             elif self._idle:
                 evicted, _ = self._idle.popitem(last=False)
                 holder = _Holder(self._holders.pop(evicted).slot)
+                self.evicted += 1
             else:
                 return None
             self._holders[key] = holder

@@ -27,22 +27,27 @@ class Breaker:
 
     def __init__(self, open_s: float, probes: int):
         self._open_s, self._probes = open_s, probes
-        self.state = State.CLOSED
+        self._open_until: float | None = None  # None: closed
         self._until = -math.inf
         self._left = 0
 
+    def state(self, now: float) -> State:
+        """By the clock: it is half-open as soon as a request would pass as a probe, whether or not one has come."""
+        return State.CLOSED if self._open_until is None else State.OPEN if now < self._open_until else State.HALF_OPEN
+
     def trip(self, now: float) -> None:
-        self.state, self._until, self._left = State.OPEN, now + self._open_s, 0
+        self._open_until = self._until = now + self._open_s
+        self._left = 0
 
     def close(self) -> None:
-        self.state = State.CLOSED
+        self._open_until = None
 
     def refusal_s(self, now: float) -> float:
         """0 if a request may pass, which then counts as a probe; else the seconds after which it may be tried again."""
-        if self.state is State.CLOSED:
+        if self._open_until is None:
             return 0.0
         if now >= self._until:
-            self.state, self._until, self._left = State.HALF_OPEN, now + self._open_s, self._probes
+            self._until, self._left = now + self._open_s, self._probes
         if self._left:
             self._left -= 1
             return 0.0
@@ -73,7 +78,8 @@ class Window:
 
 
 class LatencyBreaker:
-    """Opens when the mean of what it watches over the last `window_s` seconds is above its bound; closes when probes stay below it.
+    """Opens when the mean of what it watches over the last `window_s` seconds is above its bound; closes when MIN_VALUES values of each have been
+    within it since, however long they took to come, and no mean above it.
 
     Arguments:
         bounds: in seconds, by the name of what is watched; a bound of 0 watches nothing.
@@ -83,25 +89,28 @@ class LatencyBreaker:
         self._bounds = {name: bound for name, bound in bounds.items() if bound}
         self._windows = {name: Window(window_s) for name in self._bounds}
         self._breaker = Breaker(open_s, MIN_VALUES)
+        self._good = dict.fromkeys(self._bounds, 0)
         self.cause = ""
 
-    @property
-    def state(self) -> State:
-        return self._breaker.state
+    def state(self, now: float) -> State:
+        """As `Breaker.state`."""
+        return self._breaker.state(now)
 
     def observe(self, name: str, value: float, now: float) -> None:
         """A request has just waited or a token has just taken so many seconds."""
-        if name not in self._bounds or self.state is State.OPEN:
+        state = self.state(now)
+        if name not in self._bounds or state is State.OPEN:
             return
         self._windows[name].add(now, value)
-        means = {name: window.mean() for name, window in self._windows.items()}
-        mean = means[name]
+        self._good[name] += value <= self._bounds[name]
+        mean = self._windows[name].mean()
         if mean is not None and mean > self._bounds[name]:
             self.cause = f"the {name} is {mean:.3g} s on average; the bound is {self._bounds[name]:g} s"
             self._breaker.trip(now)
             for window in self._windows.values():
                 window.clear()
-        elif self.state is State.HALF_OPEN and None not in means.values():
+            self._good = dict.fromkeys(self._bounds, 0)
+        elif state is State.HALF_OPEN and min(self._good.values()) >= MIN_VALUES:
             self._breaker.close()
 
     def refusal_s(self, now: float) -> float:
@@ -126,10 +135,9 @@ class AdapterBreaker:
         self._failures, self._open_s, self._keep = failures, open_s, keep
         self._failing: collections.OrderedDict[Hashable, _Failing] = collections.OrderedDict()
 
-    @property
-    def state(self) -> State:
+    def state(self, now: float) -> State:
         """The worst of all adapters."""
-        return max((failing.breaker.state for failing in self._failing.values()), default=State.CLOSED)
+        return max((failing.breaker.state(now) for failing in self._failing.values()), default=State.CLOSED)
 
     def failed(self, adapter: Hashable, cause: str, now: float) -> bool:
         """Counts a failure; whether the adapter is refused from now on because of it."""
@@ -139,7 +147,7 @@ class AdapterBreaker:
             self._failing.popitem(last=False)
         failing.failures += 1
         failing.cause = cause
-        if failing.failures < self._failures or failing.breaker.state is State.OPEN:
+        if failing.failures < self._failures or failing.breaker.state(now) is State.OPEN:
             return False
         failing.breaker.trip(now)
         return True

@@ -96,7 +96,8 @@ class Engine:
             waiting = len(self._queue)
         return {
             "waiting": waiting, "running": len(running), "steps": self._stepper.steps, "kv_tokens": sum(sequence.written for sequence in running),
-            "adapters_resident": len(self._residency.resident()), "adapters_placed": self._residency.placed, "compiled": self._program.compiled(),
+            "adapters_resident": len(self._residency.resident()), "adapters_placed": self._residency.placed,
+            "adapters_evicted": self._residency.evicted, "compiled": self._program.compiled(),
             "prompt_tokens_reused": self.reused, "guessed": self._stepper.guessed, "guessed_right": self._stepper.guessed_right,
         }
 

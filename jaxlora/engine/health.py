@@ -110,13 +110,15 @@ class Health:
     def states(self) -> dict[str, State]:
         """The state of each breaker by its name."""
         with self._lock:
-            return {"latency": self._latency.state, "memory": self._memory.state, "adapter": self._adapters.state}
+            now = self._clock()
+            return {"latency": self._latency.state(now), "memory": self._memory.state, "adapter": self._adapters.state(now)}
 
     def _observe(self, name: str, seconds: float) -> None:
         with self._lock:
-            before = self._latency.state
-            self._latency.observe(name, seconds, self._clock())
-            after, cause = self._latency.state, self._latency.cause
+            now = self._clock()
+            before = self._latency.state(now)
+            self._latency.observe(name, seconds, now)
+            after, cause = self._latency.state(now), self._latency.cause
         if after is not before:
             log.warning("breaker: latency is %s%s", after.name.lower(), f": {cause}" if after is State.OPEN else "")
 

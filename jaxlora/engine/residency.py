@@ -56,10 +56,15 @@ class Residency:
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="adapter-packer")
         self.placed = 0
 
+    @property
+    def evicted(self) -> int:
+        """Adapters that left the device since the start, as another one needed their slot."""
+        return self._slots.evicted
+
     def expect(self, key: Hashable) -> None:
         """Somebody is going to wait for the adapter: it may as well be on its way already. Any thread may call this."""
-        if not self._slots.is_loaded(key):
-            with self._lock:
+        with self._lock:
+            if self._slots.slot(key) is None:  # one that is being placed has a slot, and is no longer on its way
                 self._wanted(key)
 
     def try_acquire(self, key: Hashable) -> int | None:

@@ -61,8 +61,7 @@ class StateRecorder:
         set("lora_compiled_programs", value=load["compiled"])
         set("lora_adapters_resident", "device", value=load["adapters_resident"])
         set("lora_adapter_loads_total", "device", value=load["adapters_placed"])
-        # An adapter on the device leaves it only when another one needs its slot.
-        set("lora_adapter_evictions_total", "device", value=load["adapters_placed"] - load["adapters_resident"])
+        set("lora_adapter_evictions_total", "device", value=load["adapters_evicted"])
         for labels, (running, waiting) in self._observer.load().items():
             set("lora_adapter_requests_running", *labels, value=running)
             set("lora_adapter_requests_waiting", *labels, value=waiting)
