@@ -40,7 +40,7 @@ def _whole(low: int, high: float = math.inf) -> Callable[[str], int]:
     return parse
 
 
-def _number(low: float, high: float = math.inf) -> Callable[[str], float]:
+def _number(low: float, high: float = 10**9) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
             value = float(text)

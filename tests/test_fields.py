@@ -42,6 +42,11 @@ def test_text_is_decoded():
     assert merged({"text_input": "héé 🎉".encode(), "stop_words": [b"a", b"", b"a"]}) == {"text_input": "héé 🎉", "stop_words": ("a",)}
 
 
+def test_one_stop_string_is_taken_apart_where_it_is_a_list_of_strings_and_nowhere_else():
+    for text, expected in (('["a", "b"]', ("a", "b")), ("[]", ("[]",)), ("[1]", ("[1]",)), ("[", ("[",)), ('"a"', ('"a"',)), ("1", ("1",))):
+        assert merged({}, {"sampling_parameters": json.dumps({"stop": text})}) == {"stop_words": expected}
+
+
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
@@ -68,11 +73,15 @@ def test_text_is_decoded():
         ("text_input", b"\xff\xfe", "not valid UTF-8"),
         ("text_input", "x" * 100_001, "100001 bytes, over the limit of 100000"),
         ("text_input", 5, "is not a string"),
+        ("text_input", "\ud800", "half of a surrogate pair"),
         ("lora_name", b"\xff", "not valid UTF-8"),
         ("stop_words", [str(number) for number in range(MAX_WORDS + 1)], f"over the limit of {MAX_WORDS}"),
         ("bad_words", ["x" * 1025], "more than 1024 bytes"),
         ("bad_words", [1], "not a list of strings"),
         ("stop_token_ids", "[1, -1]", "not a list of token ids"),
+        ("stop_token_ids", "[" * 20_000, "not a list of token ids"),
+        ("stop_words", "[" * 20_000, "more than 1024 bytes"),
+        ("temperature", 10**400, "no number of 64 bits"),
         ("logprobs", 21, "between 0 and 20"),
         ("beam_width", 4, "only 1"),
         ("lora_task_id", 7, "name the adapter in lora_name"),

@@ -69,6 +69,38 @@ def test_the_last_response_waits_for_the_question_and_none_comes_after_it(replie
     assert not reply.cancelled() and sender.events[-1] == "last"
 
 
+def test_a_stream_that_fails_sends_first_what_it_had_held_back(replies):
+    sender, queue = ResponseSender(), types.SimpleNamespace(enqueue=lambda each: None)
+    reply = replies.Replies(sender, queue, 1, True)
+    reply._rows[0].piece(Piece("a", ()))
+    reply.failed(EngineError("no more"))
+    reply.take()()
+    assert sender.events == ["sent", "last"]
+
+
+@pytest.mark.parametrize("then", ["goes on", "is refused"])
+def test_a_row_that_fails_while_others_are_started_is_the_answer_and_nothing_runs_on(replies, then):
+    sender, queue = ResponseSender(), types.SimpleNamespace(enqueue=lambda each: None)
+    reply = replies.Replies(sender, queue, 4, False)
+    cancelled, started = [], []
+
+    def start(row):
+        started.append(row)
+        return types.SimpleNamespace(cancel=lambda: cancelled.append(row))
+
+    def start_while_the_first_fails(row):
+        handle = start(row)
+        reply.failed(EngineError("no more"))
+        if then == "is refused":
+            raise EngineError("full")
+        return handle
+
+    reply.start([start, start, start_while_the_first_fails, start])
+    assert len(started) == 3 and set(cancelled) >= set(started if then == "goes on" else started[:2])
+    reply.take()()
+    assert sender.events == ["last"] and reply.take() is None
+
+
 @pytest.mark.parametrize("ends", ["finished", "failed", "refused"])
 def test_what_lies_in_shared_memory_goes_with_the_last_response(replies, ends):
     def refuse(row):

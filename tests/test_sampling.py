@@ -63,7 +63,8 @@ def test_neutral_settings_take_the_largest(logits):
 
 
 @pytest.mark.parametrize(
-    "rules", [{"top_k": 1}, {"top_k": 5}, {"top_p": 0.3}, {"top_p": 0.9}, {"min_p": 0.2}, {"top_k": 20, "top_p": 0.8, "min_p": 0.05}]
+    "rules",
+    [{"top_k": 1}, {"top_k": 5}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_p": 1e-40}, {"min_p": 0.2}, {"top_k": 20, "top_p": 0.8, "min_p": 0.05}],
 )
 def test_the_filters_keep_what_sorting_keeps(logits, rules):
     full = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | rules

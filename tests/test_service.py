@@ -136,6 +136,11 @@ def test_bad_words_are_banned_with_and_without_a_space_before(planned, tokenizer
     assert set(words) == {tuple(tokenizer.encode("bad")), tuple(tokenizer.encode(" bad"))}
 
 
+def test_a_line_break_is_banned_without_the_space_alone(planned, tokenizer):
+    words = planned(bad_words=("\n", " x")).params.bad_words
+    assert set(words) == {tuple(tokenizer.encode("\n")), tuple(tokenizer.encode(" x"))}
+
+
 def test_the_priority_is_the_requests_own(planned):
     assert planned().priority == 0 and planned(priority=-3).priority == -3
 

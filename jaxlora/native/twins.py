@@ -181,6 +181,7 @@ def keep_likely(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> Arra
     kept = order >= threshold(lambda above: above.sum(axis=-1) >= k)
     shares = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
     nucleus = threshold(lambda above: jnp.where(above, shares, 0.0).sum(axis=-1) >= top_p)
+    nucleus = jnp.minimum(nucleus, order.max(axis=-1, keepdims=True))  # the most likely one stays, however small top_p is
     kept = kept & ((order >= nucleus) | (top_p >= 1)[:, None])
     kept = kept & (shares >= min_p[:, None] * shares.max(axis=-1, keepdims=True))
     return jnp.where(kept, logits, -jnp.inf)

@@ -68,6 +68,8 @@ def _number(low: float, high: float, open_low: bool = False) -> Parse:
     def parse(value: Any, settings: Settings) -> float:
         try:
             number = float(value) if not isinstance(value, bool) else math.nan
+        except OverflowError:
+            raise ValueError(f"{_shown(value)} is no number of 64 bits") from None
         except (TypeError, ValueError):
             raise ValueError(f"{_shown(value)} is not a number") from None
         if math.isnan(number) or not low <= number <= high or (open_low and number == low):
@@ -88,18 +90,27 @@ def _flag(value: Any, settings: Settings) -> bool:
 def _text(value: Any, settings: Settings) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{_shown(value)} is not a string")
-    size = len(value.encode("utf-8", "surrogatepass"))
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is not valid Unicode") from None
     if size > settings.max_prompt_bytes:
         raise ValueError(f"has {size} bytes, over the limit of {settings.max_prompt_bytes} (MAX_PROMPT_BYTES)")
     return value
 
 
+def _listed(text: str) -> list[Any] | None:
+    """The JSON list that a text is, or None."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, list) else None
+
+
 def _words(value: Any, settings: Settings) -> tuple[str, ...]:
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            value = [value]
+    if isinstance(value, str) and (listed := _listed(value)) and all(isinstance(word, str) for word in listed):
+        value = listed
     words = [_decoded(word) for word in ([value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value])]
     if not all(isinstance(word, str) for word in words):
         raise ValueError("is not a list of strings")
@@ -113,10 +124,7 @@ def _words(value: Any, settings: Settings) -> tuple[str, ...]:
 
 def _ids(value: Any, settings: Settings) -> tuple[int, ...]:
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            pass
+        value = _listed(value)
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value):
         raise ValueError("is not a list of token ids")
     if len(value) > MAX_WORDS:

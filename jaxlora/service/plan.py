@@ -92,8 +92,8 @@ def plan(fields: Mapping[str, Any], prompt: Sequence[int], tokenizer: Tokenizer,
 
 
 def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    # A word reads differently to the model at the start of a text and after a space; both are kept out.
-    spellings = [spelling for word in words for spelling in dict.fromkeys((word, f" {word.lstrip()}"))]
+    # A word reads differently to the model at the start of a text and after a space; both are kept out. What is no word, a line break, is not.
+    spellings = [spelling for word in words for spelling in dict.fromkeys((word, f" {word.lstrip()}" if word.strip() else word))]
     encoded = (tuple(tokenizer.encode(spelling, add_special_tokens=False, field="bad_words")) for spelling in spellings)
     return tuple(dict.fromkeys(ids for ids in encoded if ids))
 

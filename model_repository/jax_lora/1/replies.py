@@ -16,7 +16,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from jaxlora.engine import Handle
-from jaxlora.errors import ServingError
+from jaxlora.errors import Cancelled, ServingError
 from jaxlora.service.answers import Ending, Listener, Piece, logprobs_json
 from server import backend
 from server.pacing import Pace
@@ -66,15 +66,21 @@ class Replies:
         self.closed = False
 
     def start(self, starts: Sequence[Callable[[Listener], Handle]]) -> None:
-        """Starts every row. If one is refused, the others are cancelled and the error is raised."""
+        """Starts every row. If one is refused, the others are cancelled and the error is raised. If one fails meanwhile, that is the answer."""
         try:
             for start, row in zip(starts, self._rows, strict=True):
+                if self._error is not None:
+                    break
                 self._handles.append(start(row))
-        except ServingError:
+        except Exception:
             with self._lock:
-                self.closed, self._response_sender = True, None
+                if refused := self._error is None:
+                    self.closed, self._response_sender = True, None
+            if refused:
+                self.cancel()
+                raise
+        if self._error is not None:
             self.cancel()
-            raise
 
     def cancel(self) -> None:
         """Stops the generation of every row."""
@@ -127,14 +133,19 @@ class Replies:
             if not (self._stream or last):  # an answer in one piece is not complete yet
                 return None
             pieces, response_sender = [row.take() for row in self._rows], self._response_sender
-        if not last:
-            return functools.partial(response_sender.send, partial_response(pieces[0])) if pieces[0] else None
-        return functools.partial(self._send_last, error or final_response(pieces, [row.ending for row in self._rows]))
+        if error is not None:
+            held_back = self._stream and pieces[0] and not isinstance(error, Cancelled)
+            return functools.partial(self._send_last, error, partial_response(pieces[0]) if held_back else None)
+        if last:
+            return functools.partial(self._send_last, final_response(pieces, [row.ending for row in self._rows]))
+        return functools.partial(response_sender.send, partial_response(pieces[0])) if pieces[0] else None
 
-    def _send_last(self, last: Any) -> None:
+    def _send_last(self, last: Any, before: Any = None) -> None:
         with self._asking:
             # It holds shared memory, and crashes the process if it outlives that when the model ends.
             response_sender, self._response_sender = self._response_sender, None
+            if before is not None:
+                response_sender.send(before)
             if isinstance(last, ServingError):
                 backend.send_error(response_sender, last)
             else:
