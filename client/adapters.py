@@ -136,9 +136,14 @@ def _show(arguments: argparse.Namespace) -> None:
             print(f"  rank {version.rank}, {version.num_modules} modules ({', '.join(version.target_modules)})")
             print(f"  {_size(version)}, published {_date(version)}, sha256 {version.sha256}")
         for key, value in version.provenance.items():
-            print(f"  {key}: {value}")
+            print(f"  {_printable(key)}: {_printable(value)}")
         for problem in version.problems:
             print(f"  {problem}")
+
+
+def _printable(value: object) -> str:
+    """What a provenance file says, without control characters: they would act on the terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(value))
 
 
 def _publish(arguments: argparse.Namespace) -> None:

@@ -86,7 +86,7 @@ class AsyncClient:
         self.url = url
         self._model = model
         self._metadata = tuple((headers or {}).items())
-        self._channel = grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(url, options=wire.channel_options(url))
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     async def generate(

@@ -32,7 +32,7 @@ class Client(LanguageModel):
         self.url = url
         self._model = model
         self._metadata = tuple((headers or {}).items())
-        self._channel = grpc.insecure_channel(url, options=wire.CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(url, options=wire.channel_options(url))
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def is_ready(self) -> bool:

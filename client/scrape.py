@@ -1,6 +1,7 @@
 """Reads a server's `/metrics` and computes from two readings what happened between them. Knows Prometheus' text format, shows nothing."""
 
 import dataclasses
+import http.client
 import math
 import time
 import urllib.error
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 from prometheus_client.parser import text_string_to_metric_families
 
 from client.errors import ServerUnreachable
+from client.proxies import is_local
 
 Labels = frozenset[tuple[str, str]]
 
@@ -42,11 +44,15 @@ def parse(text: str, now: float) -> Reading:
 def read(url: str, timeout_s: float = 5) -> Reading:
     """Asks a server. Raises ServerUnreachable if none answers there."""
     try:
-        with urllib.request.urlopen(url, timeout=timeout_s) as answer:
+        with _opener(url).open(url, timeout=timeout_s) as answer:
             return parse(answer.read().decode(), time.monotonic())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise ServerUnreachable(f"no metrics at {url} ({reason})") from None
+
+
+def _opener(url: str) -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_local(url) else []))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,10 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and gives its exit code."""
     parser = argparse.ArgumentParser("python -m client.top", description="Shows what a server is doing.")
     parser.add_argument("--url", default=DEFAULT_URL, help=f"the server's metrics (default: {DEFAULT_URL})")
-    parser.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds between two looks (default: 1)")
+    parser.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help="seconds between two looks (default: 1)")
     parser.add_argument("--once", action="store_true", help="print one view, of one interval, and end")
     arguments = parser.parse_args(argv)
     return terminal.run(lambda: _once(arguments) if arguments.once else _live(arguments))
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0.01 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0.01 and 86400 seconds")
+    return seconds
 
 
 def _once(arguments: argparse.Namespace) -> None:

@@ -10,15 +10,16 @@ from typing import Any
 
 from tritonclient.grpc import service_pb2 as pb
 
+from client.proxies import is_local
+from jaxlora.errors import InvalidRequest
 from jaxlora.service.fields import FIELDS
 
 DEFAULT_URL = f"localhost:{os.environ.get('GRPC_PORT') or 8001}"  # where `make serve` listens with the same environment
 DIRECT, ENSEMBLE, ADAPTERS = "jax_lora", "llm", "adapters"
 
-CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-
 # The server ends a request that passes its time-out; this is for a server that no longer answers at all.
 GRACE_S = 5.0
+MAX_TIMEOUT_S = 1e9
 
 _CONTENTS = {
     "TYPE_STRING": ("BYTES", "bytes_contents"),
@@ -30,14 +31,22 @@ _CONTENTS = {
 _NUMBERS = {"UINT32": "<I", "INT32": "<i", "FP32": "<f", "BOOL": "<?"}
 
 
+def channel_options(url: str) -> list[tuple[str, int]]:
+    """Options of a gRPC channel to a server: messages of any size, and no proxy to one of this machine."""
+    sizes = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    return [*sizes, ("grpc.enable_http_proxy", 0)] if is_local(url) else sizes
+
+
 def infer_request(model: str, fields: Mapping[str, Any], timeout_s: float | None) -> pb.ModelInferRequest:
-    """A request of one row with one value a field."""
+    """A request of one row with one value a field. Raises InvalidRequest for a time-out that can't be sent."""
     request = pb.ModelInferRequest(model_name=model)
     for name, value in fields.items():
         datatype, contents = _CONTENTS[FIELDS[name].type]
         tensor = request.inputs.add(name=name, datatype=datatype, shape=[1, 1])
         getattr(tensor.contents, contents).append(value)
     if timeout_s is not None:
+        if not timeout_s < MAX_TIMEOUT_S:
+            raise InvalidRequest({"timeout_s": f"{timeout_s} is not under {MAX_TIMEOUT_S:g} seconds"})
         request.parameters["timeout"].int64_param = max(1, round(timeout_s * 1e6))
     return request
 

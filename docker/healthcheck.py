@@ -4,6 +4,7 @@ import os
 import sys
 import urllib.request
 
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
 PATHS = ("/v2/health/ready", "/v2/models/jax_lora/ready")
 
 
@@ -11,7 +12,7 @@ def main() -> int:
     for path in PATHS:
         url = f"http://127.0.0.1:{os.environ.get('HTTP_PORT') or 8000}{path}"
         try:
-            urllib.request.urlopen(url, timeout=4).close()
+            DIRECT.open(url, timeout=4).close()
         except OSError as error:
             print(f"{url}: {error}")
             return 1

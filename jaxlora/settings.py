@@ -73,7 +73,10 @@ def _text(text: str) -> str:
 
 
 def _path(text: str) -> pathlib.Path:
-    return pathlib.Path(_text(text)).expanduser()
+    try:
+        return pathlib.Path(_text(text)).expanduser()
+    except RuntimeError:  # ~user, and there is no such user
+        raise ValueError(f"{text!r} names no home folder") from None
 
 
 def _key(text: str) -> str:
@@ -103,7 +106,7 @@ class Settings:
             "help": "converted checkpoints, compiled programs and the catalogue are kept here; what is compiled is run: nobody else may write to it",
         },
     )
-    host: str = _setting("127.0.0.1", _text, "address that the server listens on")
+    host: str = _setting("127.0.0.1", _text, "IPv4 address that the server listens on, or a name of one")
     http_port: int = _setting(8000, _port, "Triton HTTP port")
     grpc_port: int = _setting(8001, _port, "Triton gRPC port")
     metrics_port: int = _setting(8002, _port, "Prometheus port")

@@ -28,7 +28,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
-        settings = Settings.read(parameters=repository.parameters(repository.REPOSITORY))
+        settings = preflight.with_address(Settings.read(parameters=repository.parameters(repository.REPOSITORY)))
         backoff = Backoff()
         for restarts in itertools.count():
             pause = backoff.pause_s(_serve(settings, restarts))

@@ -7,6 +7,8 @@ Triton compares a header of each call to those APIs with the key that it was sta
 import os
 from collections.abc import Mapping
 
+from jaxlora.settings import Settings
+
 RESTRICTED = ("model-repository", "trace", "logging", "shared-memory")
 HTTP_HEADER = "admin-key"
 GRPC_HEADER = f"triton-grpc-protocol-{HTTP_HEADER}"
@@ -19,6 +21,6 @@ def arguments(key: str) -> list[str]:
 
 
 def grpc_headers(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The metadata of a client's calls: the key that `ADMIN_KEY` holds, if it does."""
-    key = environ.get("ADMIN_KEY")
+    """The metadata of a client's calls: the key that `ADMIN_KEY` holds, if it does. Raises SetupError for what can't be a key."""
+    key = Settings.read({"ADMIN_KEY": environ.get("ADMIN_KEY", "")}).admin_key
     return {GRPC_HEADER: key} if key else {}

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pathlib
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +23,10 @@ PROGRESS = "progress: "
 
 BASE_FOLDER = "JAXLORA_BASE_FOLDER"
 """The environment variable in which the launcher names the base model's folder."""
+
+# Triton gives the process of a model an ASCII stdout: what is logged of a request or an adapter may hold any letter.
+for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 _LISTS = {field.name for field in (*FIELDS.values(), INPUT_IDS) if field.dims == -1}
 

@@ -40,6 +40,7 @@ ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 if os.getppid() == int(sys.argv[1]):  # else it ended before the call
     os.execv(sys.argv[2], sys.argv[2:])
 """
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
 _FAILED_LOAD = re.compile(r"^E.*\"failed to load '(?P<model>[^']+)' version \d+: (?P<reason>.*)\"$")
 
 
@@ -86,7 +87,7 @@ class TritonServer:
         self.model_repository = model_repository
         self.models = models
         self.log_path = log_path or _new_log(settings.cache_dir / "logs")
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
         self.http_url = f"http://{host}:{settings.http_port}"
         self.grpc_url = f"{host}:{settings.grpc_port}"
         self.metrics_url = f"http://{host}:{settings.metrics_port}/metrics"
@@ -96,6 +97,7 @@ class TritonServer:
         self._shared_memory = f"jaxlora-{uuid.uuid4().hex[:12]}-"
         self._lifeline = Lifeline(restarts)
         self._process: subprocess.Popen | None = None
+        self._was_ready = False
         self._reader: threading.Thread | None = None
 
     @property
@@ -157,11 +159,12 @@ class TritonServer:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the server was not ready after {timeout_s:g} s; its log is {self.log_path}")
             time.sleep(0.1)
+        self._was_ready = True
 
     def is_ready(self) -> bool:
         """Whether the server answers that it and its models are ready."""
         try:
-            with urllib.request.urlopen(f"{self.http_url}/v2/health/ready", timeout=5) as answer:
+            with _DIRECT.open(f"{self.http_url}/v2/health/ready", timeout=5) as answer:
                 return answer.status == 200
         except (urllib.error.URLError, OSError):
             return False
@@ -270,14 +273,16 @@ class TritonServer:
             for line in self._started().stdout:
                 with contextlib.suppress(OSError):  # a full disk: a server whose output nobody reads would come to a halt
                     log.write(line)
-                self._on_line(line.decode(errors="replace").rstrip("\n"))
+                with contextlib.suppress(OSError, ValueError):  # nobody reads what it prints any more
+                    self._on_line(line.decode(errors="replace").rstrip("\n"))
 
     def _obituary(self) -> str:
         status = os.waitid(os.P_PID, self.pid, _PEEK)
         self._reader.join(timeout=2)
         ended = f"signal {signal.Signals(status.si_status).name}" if status.si_code != os.CLD_EXITED else f"code {status.si_status}"
         log = self.last_lines(10_000)
-        reasons = [reason for line in log if (reason := failed_load(line))]
+        # Once it has been ready, a load that failed was a publish that was refused.
+        reasons = [] if self._was_ready else [reason for line in log if (reason := failed_load(line))]
         told = reasons or [line for line in log if line.strip() and line[0] not in "+|"][-15:]  # without Triton's tables
         return "\n".join([f"the server ended with {ended}", *(f"  {line}" for line in told), f"its whole log is {self.log_path}"])
 
@@ -290,7 +295,7 @@ def _living(group: int) -> int:
     count = 0
     for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, its_group = stat.read_text().rpartition(") ")[2].split()[:3]
+            state, _, its_group = stat.read_text(errors="replace").rpartition(") ")[2].split()[:3]
         except OSError:
             continue  # it has ended meanwhile
         count += int(its_group) == group and state != "Z"

@@ -8,12 +8,14 @@ import dataclasses
 import importlib.util
 import os
 import pathlib
+import shlex
 import socket
 import subprocess
 from collections.abc import Callable, Iterable
 
 from jaxlora.errors import SetupError
 from jaxlora.settings import Settings
+from server import repository
 
 PORTS = ("http_port", "grpc_port", "metrics_port")
 GIB = 1 << 30
@@ -29,7 +31,7 @@ def check(settings: Settings, progress: Callable[[str], None] = print) -> pathli
     Raises:
         SetupError: one line for every problem found.
     """
-    problems = [*port_problems(settings), *cache_problems(settings.cache_dir)]
+    problems = [*port_problems(settings), *cache_problems(settings.cache_dir), *path_problems(settings)]
     if problems:
         raise SetupError("\n".join(problems))
     # Late, because both read NumPy; a taken port is to be told at once.
@@ -49,6 +51,19 @@ def check(settings: Settings, progress: Callable[[str], None] = print) -> pathli
     return folder
 
 
+def with_address(settings: Settings) -> Settings:
+    """The settings with HOST as an IPv4 address: Triton's HTTP and metrics know no names, and none of its ports IPv6.
+
+    Raises:
+        SetupError: HOST has no such address.
+    """
+    try:
+        found = socket.getaddrinfo(settings.host, None, socket.AF_INET, socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        raise SetupError(f"HOST: {settings.host!r} is no IPv4 address, nor the name of one ({error})") from None
+    return dataclasses.replace(settings, host=found[0][4][0])
+
+
 def port_problems(settings: Settings) -> list[str]:
     """A line for each port that is taken, and for each that two settings share."""
     problems, owners = [], {}
@@ -60,8 +75,6 @@ def port_problems(settings: Settings) -> list[str]:
         owners[port] = variable
         try:
             reserve(settings.host, port).close()
-        except socket.gaierror as error:
-            return [f"HOST: {settings.host!r} is no address of this machine ({error.strerror})"]
         except OSError as error:
             problems.append(
                 f"{variable}: can't listen on {settings.host}:{port} ({error.strerror}); "
@@ -77,6 +90,16 @@ def cache_problems(cache_dir: pathlib.Path) -> list[str]:
     except OSError as error:
         return [f"CACHE_DIR: can't make {cache_dir} ({error.strerror})"]
     return [] if os.access(cache_dir, os.W_OK | os.X_OK) else [f"CACHE_DIR: {cache_dir} can't be written"]
+
+
+def path_problems(settings: Settings) -> list[str]:
+    """A line for each folder with a name that Triton's Python backend, which starts a model through a shell, can't pass on."""
+    problems = [
+        f"{what}: {str(path)!r} holds a space or another character that Triton can't start a model with; letters A to Z, digits and `_-.+@%` are fine"
+        for what, path in (("CACHE_DIR", settings.cache_dir), ("the project's folder", repository.PROJECT))
+        if shlex.quote(str(path)) != str(path)
+    ]
+    return problems if settings.model.isascii() else [*problems, f"MODEL: {settings.model!r} holds letters that are not ASCII, which a model can't open"]
 
 
 def memory_problems(estimate: dict[str, int], available: int | None, where: str, counted_as_float32: bool = False) -> list[str]:

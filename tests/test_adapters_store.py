@@ -326,8 +326,11 @@ def test_what_is_no_part_of_the_layout_is_left_out_with_a_warning(shop):
     (shop.root / "users" / "file").write_text("")
     (shop.folder("alice/sql") / "notes").mkdir()
     (shop.folder("alice/sql") / "007").mkdir()
+    (shop.folder("alice/sql") / ".hidden").mkdir()
     report = shop.refresh()
-    assert report.added == ["alice/sql@1"] and len(report.warnings) == 1 and "'no name'" in report.warnings[0]
+    assert report.added == ["alice/sql@1"]
+    told = ["alice/sql: '007' is no version number and is left out", "alice/sql: 'notes' is no version number and is left out"]
+    assert report.warnings[:2] == told and len(report.warnings) == 3 and "'no name'" in report.warnings[2]
 
 
 def test_what_cannot_be_read_goes_on_being_served(shop, monkeypatch):

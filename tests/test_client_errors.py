@@ -1,6 +1,7 @@
 """What a server says becomes the error that the service raised, with a server that only plays one."""
 
 import concurrent.futures
+import math
 import threading
 
 import grpc
@@ -120,6 +121,19 @@ def test_an_error_in_the_middle_of_a_stream_comes_after_what_was_before_it(trito
         with pytest.raises(EngineError, match="^it broke$"):
             next(stream)
         assert list(stream) == []
+
+
+def test_no_proxy_is_asked_for_a_server_on_this_machine(triton, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    triton.stream = [text_response("a"), pb.ModelStreamInferResponse(error_message="INTERNAL: x")]
+    with Client(triton.url) as client, pytest.raises(EngineError, match="x"):
+        client.generate("x")
+
+
+@pytest.mark.parametrize("timeout_s", [math.inf, math.nan, 1e300])
+def test_a_time_out_that_cannot_be_sent_is_told(triton, timeout_s):
+    with Client(triton.url) as client, pytest.raises(InvalidRequest, match="timeout_s: .* is not under"):
+        client.generate("x", timeout_s=timeout_s)
 
 
 def test_an_answer_that_breaks_off_is_no_answer(triton):

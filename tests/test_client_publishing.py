@@ -114,6 +114,15 @@ def test_a_number_that_was_refused_is_not_given_again(run, server, tmp_path, sto
     assert run("publish", str(folder(tmp_path / "good")), "--name", "alice/sql")[1] == "alice/sql@2 is live\n"
 
 
+def test_a_number_of_a_version_that_was_deleted_is_refused_once_and_not_again(run, server, tmp_path, store):
+    good, other = folder(tmp_path / "good"), folder(tmp_path / "other", seed=1)
+    run("publish", str(good), "--name", "alice/sql")
+    shutil.rmtree(store / "users/alice/adapters/sql/1")
+    code, _, err = run("publish", str(other), "--name", "alice/sql")  # it knows only what lies in the store
+    assert code == 1 and "versions never change" in err
+    assert run("publish", str(other), "--name", "alice/sql")[1] == "alice/sql@2 is live\n"
+
+
 def test_somebody_elses_bad_folder_does_not_spoil_it(run, server, tmp_path, store):
     publish(bad(tmp_path / "bad", use_dora=True), "bob/poems", store)
     assert run("publish", str(folder(tmp_path / "good")), "--name", "alice/sql")[0] == 0
@@ -193,7 +202,7 @@ def test_a_policy_that_the_server_does_not_take_is_put_back(run, server, tmp_pat
 
 def test_what_is_listed_and_shown(run, server, tmp_path, store):
     assert run("list") == (0, "no adapters\n", "")
-    publish(folder(tmp_path / "good"), "alice/sql", store, provenance={"method": "sft"})
+    publish(folder(tmp_path / "good"), "alice/sql", store, provenance={"method": "sft", "note": "a\x1b[2Jb\n é"})
     publish(bad(tmp_path / "bad", use_dora=True), "alice/sql", store)
     publish(folder(tmp_path / "other", seed=1), "bob/poems", store)
     pytest.raises(AdapterInvalid, server.load_adapters)
@@ -203,6 +212,7 @@ def test_what_is_listed_and_shown(run, server, tmp_path, store):
     assert run("list", "--user", "bob")[1].count("\n") == 2
     shown = run("show", "alice/sql")[1]
     assert "version 1: ready" in shown and "version 2: rejected" in shown and "use_dora" in shown and "method: sft" in shown
+    assert r"note: a\x1b[2Jb\n é" in shown
     assert "version 2" not in run("show", "alice/sql@1")[1]
     assert [adapter["name"] for adapter in json.loads(run("list", "--json")[1])] == ["alice/sql", "bob/poems"]
     assert json.loads(run("show", "bob/poems", "--json")[1])["versions"][0]["rank"] == 2

@@ -3,6 +3,7 @@
 import http.server
 import io
 import math
+import socket
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from client import top
 from client.errors import ServerUnreachable
+from client.proxies import is_local
 from client.scrape import Between, parse, read
 
 OLD = """
@@ -96,7 +98,40 @@ def test_an_address_where_nobody_answers_is_told(capsys):
     assert capsys.readouterr().err.startswith("error: no metrics at")
 
 
-def test_it_prints_one_view_of_a_server(capsys):
+def test_what_does_not_speak_http_is_told(capsys):
+    def greet(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(1000)
+            connection.sendall(b"220 mail ready\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=greet, args=(listening,), daemon=True).start()
+        assert top.main(["--url", f"http://127.0.0.1:{listening.getsockname()[1]}/metrics"]) == 1
+    assert capsys.readouterr().err.startswith("error: no metrics at")
+
+
+@pytest.mark.parametrize("interval", ["-1", "nan", "x"])
+def test_an_interval_that_is_none_is_told(interval, capsys):
+    with pytest.raises(SystemExit):
+        top.main(["--interval", interval])
+    assert "--interval" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("localhost:8001", True), ("127.0.0.1:8001", True), ("[::1]:8001", True), ("http://localhost:8002/metrics", True), ("0.0.0.0:1", True),
+        ("example.org:8001", False), ("http://192.0.2.1/metrics", False), ("localhost.example.org:8001", False), ("", False),
+    ],
+)  # fmt: skip
+def test_what_is_this_machine_is_known(url, expected):
+    assert is_local(url) is expected
+
+
+def test_it_prints_one_view_of_a_server(capsys, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # not for this machine
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):  # noqa: N802
             self.send_response(200)

@@ -37,10 +37,26 @@ class TestPreflight:
         (problem,) = preflight.port_problems(dataclasses.replace(settings, metrics_port=settings.http_port))
         assert problem.startswith(f"METRICS_PORT: {settings.http_port} is the HTTP_PORT too")
 
-    @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
-    def test_a_host_that_is_not_this_machine_is_told(self, settings, host):
-        problems = preflight.port_problems(dataclasses.replace(settings, host=host))
-        assert problems and all(host in problem for problem in problems)
+    def test_a_host_that_is_not_this_machine_is_told(self, settings):
+        problems = preflight.port_problems(dataclasses.replace(settings, host="192.0.2.1"))
+        assert problems and all("192.0.2.1" in problem for problem in problems)
+
+    @pytest.mark.parametrize("host", ["no.such.host.invalid", "::1", "x" * 64])
+    def test_a_host_without_an_ipv4_address_is_told(self, settings, host):
+        with pytest.raises(SetupError, match=f"^HOST: '{host}' is no IPv4 address"):
+            preflight.with_address(dataclasses.replace(settings, host=host))
+
+    @pytest.mark.parametrize(("host", "address"), [("localhost", "127.0.0.1"), ("127.0.0.2", "127.0.0.2"), ("0.0.0.0", "0.0.0.0")])
+    def test_a_host_becomes_an_address(self, settings, host, address):
+        assert preflight.with_address(dataclasses.replace(settings, host=host)) == dataclasses.replace(settings, host=address)
+
+    def test_folders_that_no_model_can_start_from_are_told(self, settings, tmp_path):
+        assert preflight.path_problems(settings) == []
+        for name in ("a b", "prüf", "a'b", "$HOME", "a;b"):
+            (problem,) = preflight.path_problems(dataclasses.replace(settings, cache_dir=tmp_path / name))
+            assert problem.startswith("CACHE_DIR: ") and name in problem.replace('"', "'")
+        (problem,) = preflight.path_problems(dataclasses.replace(settings, model="/models/größe"))
+        assert problem.startswith("MODEL: '/models/größe' holds letters")
 
     def test_free_ports_differ(self):
         assert len(set(preflight.free_ports(20))) == 20

@@ -14,7 +14,7 @@ from typing import Any
 from client import Client, ServerUnreachable
 from client.publishing import Publisher
 from jaxlora import peft
-from jaxlora.adapters import AdapterName, publish
+from jaxlora.adapters import AdapterName, Catalogue, publish
 from jaxlora.adapters.store import version_path
 from jaxlora.errors import AdapterNotFound
 from jaxlora.files import sha256, sync_folder
@@ -53,10 +53,16 @@ def find_published(folder: pathlib.Path, name: AdapterName, store: pathlib.Path,
 
 
 def publish_and_verify(
-    folder: pathlib.Path, name: AdapterName, store: pathlib.Path, url: str, run: str, say: Callable[[str], None]
+    folder: pathlib.Path,
+    name: AdapterName,
+    store: pathlib.Path,
+    url: str,
+    run: str,
+    say: Callable[[str], None],
+    catalogue: Catalogue | None = None,
 ) -> AdapterName:
     """Puts the adapter of a folder into the store as the next version, makes the server at `url` load it, and sees that a request
-    is answered by it. Without a server it says what to do.
+    is answered by it. Without a server it says what to do. `catalogue` remembers version numbers whose folders are gone, where it can be had.
 
     Raises:
         AdapterInvalid: the server refused it, with its reasons; what it served before stays.
@@ -67,13 +73,13 @@ def publish_and_verify(
         version = find_published(folder, name, store, run)
         try:
             if version is None:
-                published = Publisher(client, store).publish(folder, name)
+                published = Publisher(client, store, catalogue).publish(folder, name)
                 version = name.at(published.version)
             else:
                 client.load_adapters()
             _verify(client, version, say)
         except ServerUnreachable as error:
-            version = version or find_published(folder, name, store, run) or name.at(publish(folder, name, store))
+            version = version or find_published(folder, name, store, run) or name.at(publish(folder, name, store, catalogue=catalogue))
             say(f"{version} is in the store {store}, but no server loaded it ({error})")
             say(
                 "`make serve` serves it; a server that runs elsewhere on this store takes it over with: curl -X POST http://HOST:8000/v2/repository/models/adapters/load"

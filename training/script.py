@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxlora.adapters import AdapterName
+from jaxlora.adapters import AdapterName, CatalogueReader, catalogue_path
 from jaxlora.errors import AdapterNotFound, ServingError, SetupError
 from jaxlora.files import replace
 from jaxlora.lora import Adapter
@@ -83,7 +83,8 @@ def _run(script: str, options: Options, build: Build) -> int:
         if refusals:
             say("not published: " + "; ".join(refusals))
             return REFUSED
-        publish_and_verify(folder.adapter, name, options.store, options.url, mark, say)
+        catalogue = CatalogueReader(catalogue_path(base.settings.cache_dir, options.store)).current()
+        publish_and_verify(folder.adapter, name, options.store, options.url, mark, say, catalogue)
     return 0
 
 

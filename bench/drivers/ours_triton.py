@@ -68,7 +68,7 @@ class TritonDriver:
             return metadata(service_pb2.ServerMetadataRequest()).version
 
     async def _run(self, requests: list[Request], concurrency: int) -> list[Answer]:
-        async with grpc.aio.insecure_channel(self._server.grpc_url, options=wire.CHANNEL_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(self._server.grpc_url, options=wire.channel_options(self._server.grpc_url)) as channel:
             call = channel.stream_stream(METHOD)  # bytes in, bytes out
             await channel.channel_ready()
 

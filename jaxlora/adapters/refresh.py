@@ -98,6 +98,7 @@ class _Refresh:
         for found in self._store.scan():
             if isinstance(found, AdapterFolder):
                 adapters[found.name.unpinned] = self._adapter(found)
+                self._report.warnings += [f"{found.name}: {entry[:80]!r} is no version number and is left out" for entry in found.ignored]
                 continue
             self._report.warnings.append(found.text)
             if found.unread:

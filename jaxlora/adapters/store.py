@@ -18,23 +18,26 @@ from jaxlora.peft import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
 POLICY_FILE = "policy.json"
 
 _INCOMING = re.compile(r"([1-9][0-9]{0,9})\.incoming-.+")
+_REFUSED = re.compile(r"([1-9][0-9]{0,9})\.refused-.+")
 
 Fingerprint = tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFolder:
-    """One adapter as it lies in the store. `versions` holds the numbers that have an entry, `incoming` those being written."""
+    """One adapter as it lies in the store. `versions` holds the numbers that have an entry, `taken` those being written and those moved aside
+    as they were refused; `ignored` names folders that are neither."""
 
     name: AdapterName
     path: pathlib.Path
     versions: tuple[int, ...]
-    incoming: tuple[int, ...]
+    taken: tuple[int, ...]
+    ignored: tuple[str, ...]
 
     @property
     def high_water(self) -> int:
         """The largest version number in use, 0 for none."""
-        return max((*self.versions, *self.incoming), default=0)
+        return max((*self.versions, *self.taken), default=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +93,18 @@ class Store:
         """One adapter; it has no versions if its folder is not there. Raises OSError if the folder can't be read."""
         path = self.adapter_path(name)
         try:
-            entries = [entry.name for entry in os.scandir(path)]
+            entries = {entry.name: entry.is_dir(follow_symlinks=False) for entry in os.scandir(path)}
         except (FileNotFoundError, NotADirectoryError):
-            entries = []
-        versions = sorted(version for version in map(parse_version, entries) if version is not None)
-        incoming = sorted(int(match[1]) for match in map(_INCOMING.fullmatch, entries) if match)
-        return AdapterFolder(dataclasses.replace(name, version=None), path, tuple(versions), tuple(incoming))
+            entries = {}
+        versions, taken, ignored = [], [], []
+        for entry, is_folder in entries.items():
+            if (version := parse_version(entry)) is not None:
+                versions.append(version)
+            elif match := _INCOMING.fullmatch(entry) or _REFUSED.fullmatch(entry):
+                taken.append(int(match[1]))
+            elif is_folder and not entry.startswith("."):
+                ignored.append(entry)
+        return AdapterFolder(dataclasses.replace(name, version=None), path, *map(tuple, map(sorted, (versions, taken, ignored))))
 
 
 def version_path(store: str | os.PathLike[str], name: AdapterName) -> pathlib.Path:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -128,6 +129,28 @@ def test_weights_that_are_not_finite_are_refused(http, server, good, user, tmp_p
     publish(folder, f"{user}/sql", server.store)
     with pytest.raises(Refused, match=r"(?i)nan|finite"):
         http.load("adapters")
+
+
+def test_a_file_with_a_time_to_come_holds_up_no_publish(http, server, good, user):
+    early = server.store / "users" / user / "copied"
+    early.parent.mkdir()
+    early.write_text("")
+    os.utime(early, (time.time() + 86_400,) * 2)
+    for version in (1, 2, 3):
+        assert publish(good, f"{user}/sql", server.store) == version
+        http.load("adapters")
+        assert served(http, f"{user}/sql") == version
+    early.unlink()
+    publish(good, f"{user}/sql", server.store)
+    http.load("adapters")
+    assert served(http, f"{user}/sql") == 4
+
+
+def test_what_is_told_of_an_adapter_may_hold_any_letter(http, server, good, user, tmp_path):
+    publish(damaged(good, tmp_path / "bad", target_modules="größe("), f"{user}/sql", server.store)
+    with pytest.raises(Refused, match=f"{user}/sql@1: .*target_modules"):
+        http.load("adapters")
+    assert "größe(" in server.log_path.read_text()
 
 
 def test_an_unfinished_publish_is_invisible(http, server, good, user):

@@ -1,15 +1,18 @@
 """`python -m server` as a person runs it: what it prints works when typed, Ctrl-C ends it and everything it started."""
 
 import os
+import pathlib
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 
 import pytest
 
+from client import Client
 from server import preflight, repository
 
 from .conftest import SETTINGS
@@ -38,8 +41,8 @@ def start(environment: Mapping[str, str]) -> subprocess.Popen:
 
 @pytest.fixture
 def command(environment):
-    """A started server and all that it printed until it was ready."""
-    process = start(environment)
+    """A started server and all that it printed until it was ready. Its HOST is a name, and a proxy is set that nobody needs."""
+    process = start(environment | {"HOST": "localhost", "http_proxy": "http://127.0.0.1:1"})
     printed = []
     for line in process.stdout:
         printed.append(line)
@@ -99,6 +102,24 @@ def test_a_wrong_setting_is_one_line_before_anything_is_loaded(environment, wron
     lines = sorted(err.splitlines())
     assert len(lines) == len(told) and all(line.startswith(start) for line, start in zip(lines, told, strict=True)), err
     assert "load" not in out
+
+
+def test_a_log_goes_on_when_nobody_reads_what_is_printed(command, environment):
+    process, printed = command
+    log = pathlib.Path(re.search(r"^log +(.+)$", printed, re.M)[1])
+    process.stdout.close()
+    store = pathlib.Path(re.search(r"^adapters +(.+)$", printed, re.M)[1])
+    with Client(f"127.0.0.1:{environment['GRPC_PORT']}") as client:
+        for _ in range(2):
+            os.utime(store)
+            client.load_adapters()  # of which a line is printed
+            client.generate("a", max_tokens=5)
+    deadline = time.monotonic() + 10
+    while log.read_text().count("successfully loaded 'adapters'") < 3 or log.read_text().count("finished") < 2:
+        assert time.monotonic() < deadline, log.read_text()[-2000:]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
 
 
 def test_a_taken_port_is_one_line(environment):

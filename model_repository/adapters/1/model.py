@@ -13,7 +13,7 @@ from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterInvalid
 from jaxlora.peft import Limits
 from jaxlora.service.metrics import Registry
-from server import backend
+from server import backend, watched
 from server.metrics_channel import Sender
 
 
@@ -26,6 +26,7 @@ class TritonPythonModel:
         (store / "users").mkdir(exist_ok=True)
         catalogue = catalogue_path(settings.cache_dir, store)
         report = refresh(store, catalogue, base, Limits.of(settings), _server())
+        watched.outrun(store)
         for line in report.lines():
             print(f"adapters: {line}", flush=True)
         registry = Registry()
