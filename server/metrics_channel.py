@@ -9,14 +9,17 @@ import os
 import socket
 import struct
 import threading
+import uuid
 from collections.abc import Callable
 from typing import Any
 
 from jaxlora.service.metrics import COUNTER, INFO, METRICS, Distribution, Labels, Registry, Values, pick
 
 INTERVAL_S = 0.25
+REMEMBERED = 16
+"""Senders that have ended whose counts are kept apart: one that connects again tells everything again."""
 MAX_MESSAGE_BYTES = 1 << 26
-_SIZE = struct.Struct("!I")
+_SIZE, _NAME_BYTES = struct.Struct("!I"), 16
 
 
 def address() -> str:
@@ -33,6 +36,7 @@ class Sender:
 
     def __init__(self, registry: Registry, record: Callable[[], None] = lambda: None, to: str | None = None):
         self._registry, self._record, self._to = registry, record, to or address()
+        self._name = uuid.uuid4().bytes
         self._socket: socket.socket | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
@@ -74,6 +78,7 @@ class Sender:
         try:
             connection.settimeout(5)
             connection.connect(self._to)
+            connection.sendall(self._name)
         except OSError:
             connection.close()
             raise
@@ -85,10 +90,10 @@ class Collector:
 
     def __init__(self, at: str | None = None):
         self._lock = threading.Lock()
-        self._living: dict[int, Values] = {}
-        self._ended: Values = ({}, {})
+        self._living: dict[bytes, Values] = {}
+        self._ended: dict[bytes, Values] = {}
+        self._forgotten: Values = ({}, {})
         self._changed: set[tuple[str, Labels]] = set()
-        self._count = 0
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listening.bind(at or address())
         self._listening.listen()
@@ -100,7 +105,7 @@ class Collector:
         with self._lock:
             changed, self._changed = self._changed, set()
             merged: Values = ({}, {})
-            for values in (self._ended, *self._living.values()):
+            for values in (self._forgotten, *self._ended.values(), *self._living.values()):
                 add(merged, pick(values, changed))
             return pick(merged, changed)
 
@@ -121,26 +126,31 @@ class Collector:
             if user != os.getuid():
                 connection.close()
                 continue
-            self._count += 1
-            threading.Thread(target=self._receive, args=(connection, self._count), daemon=True).start()
+            threading.Thread(target=self._receive, args=(connection,), daemon=True).start()
 
-    def _receive(self, connection: socket.socket, number: int) -> None:
+    def _receive(self, connection: socket.socket) -> None:
         told: Values = ({}, {})
-        with self._lock:
-            self._living[number] = told
+        name = b""
         with connection, connection.makefile("rb") as stream:
             try:
+                name = stream.read(_NAME_BYTES)
                 while (head := stream.read(_SIZE.size)) and len(head) == _SIZE.size:
                     size = _SIZE.unpack(head)[0]
                     news = from_json(stream.read(size) if size <= MAX_MESSAGE_BYTES else b"")
                     with self._lock:
                         replace(told, news)
+                        self._living[name] = told  # in the place of what came over a connection that broke
+                        self._ended.pop(name, None)
                         self._changed.update((name, labels) for part in news for name, series in part.items() for labels in series)
             except (OSError, ValueError, KeyError, TypeError):
                 pass  # what was read before it stands
         with self._lock:
-            values, distributions = self._living.pop(number)
-            add(self._ended, ({name: series for name, series in values.items() if METRICS[name].kind == COUNTER}, distributions))
+            if self._living.get(name) is not told:
+                return
+            values, distributions = self._living.pop(name)
+            self._ended[name] = {metric: series for metric, series in values.items() if METRICS[metric].kind == COUNTER}, distributions
+            if len(self._ended) > REMEMBERED:
+                add(self._forgotten, self._ended.pop(next(iter(self._ended))))
 
 
 def replace(values: Values, news: Values) -> None:

@@ -23,7 +23,7 @@ from jaxlora.service.metrics import COUNTER, HISTOGRAM, METRICS, BoundedLabels, 
 from jaxlora.service.observation import Observer
 from jaxlora.service.request_log import RequestLog
 from server.exporter import Exporter
-from server.metrics_channel import Collector, Sender, from_json, to_json
+from server.metrics_channel import REMEMBERED, Collector, Sender, from_json, to_json
 
 SQL = AdapterVersion(AdapterName("alice", "sql", 2), "", "", 8, 100, pathlib.Path("x"), ())
 SQL_LABELS = ("alice/sql", "2")
@@ -307,6 +307,26 @@ class TestChannel:
 
         self.next(collector, shows_its_own)
         sender.close()
+        collector.close()
+
+    def test_a_sender_that_connects_again_counts_once(self, at):
+        collector, registry = Collector(at), Registry()
+        registry.add("lora_engine_steps_total", amount=5)
+        registry.observe("lora_queue_time_seconds", *SQL_LABELS, value=0.5)
+        sender = Sender(registry, to=at)
+        self.next(collector, any)
+        for count in (6, 7):
+            sender._socket.shutdown(socket.SHUT_RDWR)
+            registry.add("lora_engine_steps_total")
+            values, distributions = self.next(collector, lambda changes: "lora_engine_steps_total" in changes[0])
+            assert values == {"lora_engine_steps_total": {(): count}}
+        assert all(sum(found.counts) == 1 for series in distributions.values() for found in series.values())
+        sender.close()
+        for _ in range(2 * REMEMBERED):
+            other = Registry()
+            other.add("lora_engine_steps_total")
+            Sender(other, to=at).close()
+        self.next(collector, lambda changes: changes[0].get("lora_engine_steps_total") == {(): 7 + 2 * REMEMBERED})
         collector.close()
 
     def test_values_come_in_the_order_of_the_table(self, at):
