@@ -13,6 +13,15 @@ if [ -L "$folder" ]; then
     exit 1
 fi
 
+# Of two at once, in terminals beside each other, the second one finds it made.
+mkdir -p "$folder"
+exec 9< "$folder"
+if ! flock --nonblock 9; then
+    echo "waiting for another make, which makes $folder ..."
+    flock 9
+    if [ -e "$folder/$stamp" ]; then exit 0; fi
+fi
+
 # Prints nothing if all is well, else one line that says what is missing.
 read -r -d '' probe <<'PROBE' || true
 import os, sys, sysconfig
