@@ -12,7 +12,7 @@ DOCKER = repository.PROJECT / "docker"
 OF_PROMETHEUS = {"up"}
 _WORDS = {
     "by", "without", "and", "or", "unless", "on", "ignoring", "group_left", "group_right", "bool", "offset",
-    "sum", "min", "max", "avg", "count", "topk", "rate", "increase", "changes", "histogram_quantile", "label_values",
+    "sum", "min", "max", "avg", "count", "topk", "rate", "increase", "changes", "max_over_time", "histogram_quantile", "label_values",
 }  # fmt: skip
 
 
