@@ -12,6 +12,7 @@ import numpy as np
 from training.method import Example, Window
 
 ALIGNMENT = 16  # lengths are rounded up to a multiple of this, in tokens
+KEPT = 2  # plans of epochs: packed, each holds all tokens of the data
 OPEN = 64  # rows that packing looks at: the time that it takes grows with the examples, not with their square
 
 
@@ -100,7 +101,8 @@ class Batches:
         self._examples, self._seed, self._pack_length = examples, seed, pack_length
         self._micro_batches, self._micro_batch_size = micro_batches, micro_batch_size
         self.buckets = (pack_length,) if pack_length else tuple(buckets)
-        self._plans: dict[int, list[tuple[int, list[Example]]]] = {}
+        self._plans: dict[int, list[tuple[int, list[Example]]]] = {}  # of the last epochs that were asked for
+        self._counts: list[int] = []  # windows of each epoch, from the first
         self.steps_per_epoch = float(len(self._plan(0)))
 
     def window(self, step: int, adapter: object = None) -> Window:
@@ -123,14 +125,21 @@ class Batches:
 
     def _of_step(self, step: int) -> tuple[int, list[Example]]:
         epoch = 0
-        while step >= len(self._plan(epoch)):
-            step -= len(self._plan(epoch))
+        while step >= self._count(epoch):
+            step -= self._count(epoch)
             epoch += 1
         return self._plan(epoch)[step]
+
+    def _count(self, epoch: int) -> int:
+        if epoch == len(self._counts):
+            self._counts.append(len(self._plan(epoch)))
+        return self._counts[epoch]
 
     def _plan(self, epoch: int) -> list[tuple[int, list[Example]]]:
         """The windows of an epoch: (bucket, examples)."""
         if epoch not in self._plans:
+            while len(self._plans) >= KEPT:
+                del self._plans[min(self._plans)]
             self._plans[epoch] = self._make_plan(epoch)
         return self._plans[epoch]
 

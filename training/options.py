@@ -6,6 +6,7 @@ Each field is an option with its meaning; a method's script extends `Options` by
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import types
 import typing
@@ -129,6 +130,8 @@ class Options:
                 (low is not None and not value >= low) or (high is not None and not value <= high)
             ):
                 found.append(f"{_flag(field.name)}: {value} is not {bounds}")
+            elif isinstance(value, float) and not math.isfinite(value):
+                found.append(f"{_flag(field.name)}: {value} is no finite number")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             found.append(f"--dtype: {self.dtype!r} is none of float32, bfloat16, float16")
         if self.batch_size % self.micro_batch:

@@ -68,7 +68,7 @@ def with_others(examples: Sequence[Example], max_length: int) -> list[Example]:
     split = [_split(example) for example in examples]
     found = []
     for at, (example, (prompt, answer)) in enumerate(zip(examples, split)):
-        following = itertools.chain(split[at + 1 :], split[:at])
+        following = (split[(at + step) % len(split)] for step in range(1, len(split)))
         other = next((theirs for other_prompt, theirs in following if not np.array_equal(other_prompt, prompt)), answer)
         tokens = np.concatenate([prompt, other])[:max_length]
         mask = (np.arange(len(tokens)) >= len(prompt)).astype(np.uint8)

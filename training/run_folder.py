@@ -40,20 +40,18 @@ class RunFolder:
             SetupError: the folder can't be written, another process has it, or it holds a run with another config: names the
                 differences.
         """
-        try:
-            if restart and self.path.exists():
-                os.rename(self.path, self.path.with_name(f"{self.path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
-            self.path.mkdir(parents=True, exist_ok=True)
-            fd = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise SetupError(f"--run: {self.path} can't be used: {error.strerror}") from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.ExitStack() as locks:
+            try:
+                if restart and self.path.exists():
+                    locks.callback(os.close, self._locked())  # who trains there would go on writing, into what follows
+                    os.rename(self.path, self.path.with_name(f"{self.path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+                self.path.mkdir(parents=True, exist_ok=True)
+                locks.callback(os.close, self._locked())
+            except BlockingIOError:
+                raise SetupError(f"--run: another process is training in {self.path}") from None
+            except OSError as error:
+                raise SetupError(f"--run: {self.path} can't be used: {error.strerror}") from None
             yield self._claim(dict(config))
-        except BlockingIOError:
-            raise SetupError(f"--run: another process is training in {self.path}") from None
-        finally:
-            os.close(fd)
 
     def config(self, restart: bool) -> dict[str, Any]:
         """The config of the run that is to be continued; empty where there is none, or where it is to be started over."""
@@ -76,6 +74,16 @@ class RunFolder:
         kept = [entry for entry in self.metrics() if entry["step"] <= step]
         replace(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
+    def _locked(self) -> int:
+        """An open file that holds the lock of the folder. Raises BlockingIOError where another process has it."""
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
+
     def _claim(self, config: dict[str, Any]) -> bool:
         text = json.dumps(config, indent=1, sort_keys=True)
         self.hash = hashlib.sha256(text.encode()).hexdigest()
@@ -86,7 +94,10 @@ class RunFolder:
             except OSError as error:
                 raise SetupError(f"--run: {self.path} can't be written: {error.strerror}") from None
             return False
-        before, now = json.loads(path.read_text()), json.loads(text)
+        try:
+            before, now = dict(json.loads(path.read_text())), json.loads(text)
+        except (OSError, ValueError, TypeError):
+            raise SetupError(f"--run: {path} can't be read, so nobody knows what this run computes; --restart starts over") from None
         differences = [
             f"  {key}: {json.dumps(before.get(key))} then, {json.dumps(now.get(key))} now"
             for key in sorted({*before, *now})

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,6 +42,9 @@ def run_script(
     except Interrupted as error:
         say(str(error))
         return 128 + error.signal
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from the last checkpoint, if there is one")
+        return 128 + signal.SIGINT
     except (SetupError, TrainingStopped, ServingError) as error:
         say(f"error: {error}")
     except OSError as error:

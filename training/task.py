@@ -19,6 +19,7 @@ from jaxlora.files import sha256
 from jaxlora.lora import Adapter
 from jaxlora.settings import Settings
 from jaxlora.weights import Weights
+from server import repository
 from training.base import Base
 from training.batches import Batches, choose_buckets
 from training.data import Encoder
@@ -66,7 +67,7 @@ class Task:
         found = encode_all(options.data, encode, skip_bad=options.skip_bad_lines, say=say)
         if options.eval_data is not None:
             return found, encode_all(options.eval_data, encode, skip_bad=options.skip_bad_lines, say=say)
-        count = min(round(options.eval_share * len(found)), len(found) - 1)
+        count = min(max(round(options.eval_share * len(found)), options.eval_share > 0), len(found) - 1)
         order = np.random.Generator(np.random.PCG64([options.seed, SPLIT])).permutation(len(found))
         held_out = set(order[:count].tolist())
         return (
@@ -100,7 +101,7 @@ class Task:
 
 def load_task(options: Options, script: str) -> Task:
     """Loads the base model and makes or reads the adapter to start from. Raises SetupError."""
-    settings = Settings.read()
+    settings = Settings.read(parameters=repository.parameters(repository.REPOSITORY))
     base = Base.find(settings, options.dtype, say)
     if options.max_length > base.config.max_positions:
         raise SetupError(
@@ -157,7 +158,7 @@ def _start(options: Options, base: Base, init: AdapterName | None) -> tuple[Adap
         raw = peft.new_config(
             r=options.rank,
             lora_alpha=options.alpha,
-            target_modules=modules.split(",") if "," in modules or modules in _short_names(base) else modules,
+            target_modules=[each.strip() for each in modules.split(",")] if "," in modules or modules in _short_names(base) else modules,
             use_rslora=options.rslora,
             rank_pattern=options.rank_pattern,
             alpha_pattern=options.alpha_pattern,

@@ -37,11 +37,12 @@ class TrainingStopped(Exception):
 
 
 class Interrupted(TrainingStopped):
-    """A signal ended the run; its state is saved. `signal` is the signal's number."""
+    """A signal ended the run. `signal` is the signal's number, `saved` the step that the same command goes on from."""
 
-    def __init__(self, number: int, step: int):
+    def __init__(self, number: int, step: int, saved: int):
         self.signal = number
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; the same command goes on from there")
+        there = "there" if saved == step else f"step {saved}, the last that could be saved" if saved else "the start"
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; the same command goes on from {there}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +138,12 @@ class Trainer:
             TrainingStopped: the loss is not a number.
         """
         at = self._position()
-        self._folder.forget_after(at.done)
+        self._folder.forget_after(at.done or -1)
         with Display(self.total_steps, at.done, self._folder.path) as display, self._signals():
             self._say = display.say
             if at.done == 0 and self._options.eval_first:
                 self._judge(at, display)
+            saved = at.done
             while not at.ended:
                 at.state, entry = self._one_step(at.done, at.state)
                 at.done += 1
@@ -152,10 +154,11 @@ class Trainer:
                 if at.ended or at.done % self._eval_every == 0:
                     self._judge(at, display)
                 if at.ended or self._signal or self._is_time_to_save(at.done):
-                    self._checkpoints.save(at.done, at.arrays, at.facts)
+                    if self._checkpoints.save(at.done, at.arrays, at.facts):
+                        saved = at.done
                     self._saved_at = (at.done, time.monotonic())
                 if self._signal and not at.ended:
-                    raise Interrupted(self._signal, at.done)
+                    raise Interrupted(self._signal, at.done, saved)
         draw(self._folder.metrics(), self._folder.path / "loss.png")
         if self._options.early_stop:
             return Outcome(at.best, at.best_step, at.best_scores)
@@ -252,12 +255,17 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Lets the current step finish when the process is asked to end."""
+        """Lets the current step finish when the process is asked to end; asked again, it ends at once."""
 
         def remember(number: int, frame: Any) -> None:
             self._signal = number
+            for each, handler in before.items():
+                signal.signal(each, handler)
+            self._say("stopping after this step; once more stops at once, and the same command then goes on from the last checkpoint")
 
-        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in before:
+            signal.signal(number, remember)
         try:
             yield
         finally:

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from training.batches import ALIGNMENT, Batches, choose_buckets, pack
+from training.batches import ALIGNMENT, KEPT, Batches, choose_buckets, pack
 from training.method import Example
 
 
@@ -107,3 +107,12 @@ def test_single_values_stay_single() -> None:
     rows = [Example((line,), {"tokens": np.ones(4, np.int32), "label": np.uint8(1)}) for line in range(2)]
     window = Batches(rows, micro_batches=1, micro_batch_size=3, buckets=(16,), seed=None).window(0)
     assert window["label"].tolist() == [[1, 1, 0]] and window["tokens"].shape == (1, 3, 16)
+
+
+@pytest.mark.parametrize("more", [{}, {"pack_length": 96}])
+def test_a_step_is_the_same_wherever_one_begins_and_plans_of_other_epochs_are_let_go(more: dict[str, int]) -> None:
+    source = batches(**more)
+    first = [source.lines(step) for step in range(40)]
+    assert len(source._plans) == KEPT
+    later = batches(**more)
+    assert later.lines(39) == first[39] and [later.lines(step) for step in range(40)] == first

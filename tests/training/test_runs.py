@@ -283,10 +283,74 @@ def test_task_metrics_judge_the_answers_of_the_engine(run: Run, tmp_path: pathli
     assert after["eval_both_length"] == 1 and after["eval_both_sevens"] == 6
 
 
-def test_two_processes_cannot_train_in_one_folder(run: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("restart", [[], ["--restart"]])
+def test_two_processes_cannot_train_in_one_folder(
+    run: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], restart: list[str]
+) -> None:
     with RunFolder(tmp_path / "run").held({}, restart=False):
-        assert run("--max-steps", 1) == 1
+        assert run("--max-steps", 1, *restart) == 1
     assert "another process is training in" in capsys.readouterr().err
+    assert list(tmp_path.glob("run.before-*")) == []
+
+
+def test_a_folder_whose_config_cannot_be_read_is_told_and_can_be_started_over(
+    run: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    for content in ("", "[1]", "{"):
+        (tmp_path / "run/run.json").write_text(content)
+        assert run("--max-steps", 1, "--no-publish") == 1
+        assert "run.json can't be read" in capsys.readouterr().err
+    assert run("--max-steps", 1, "--no-publish", "--restart") == 0
+
+
+def test_a_small_share_holds_out_one_line_at_least(run: Run, tmp_path: pathlib.Path) -> None:
+    assert run("--max-steps", 1, "--no-publish", "--eval-share", 0.001) == 0
+    assert "eval_loss" in metrics(tmp_path / "run")[-1]
+
+
+@pytest.mark.parametrize("option", [("--alpha", "nan"), ("--epochs", "inf"), ("--lr", "inf")])
+def test_a_number_that_is_none_is_told(run: Run, capsys: pytest.CaptureFixture[str], option: tuple[str, str]) -> None:
+    assert run(*option) == 1
+    assert f"error: {option[0]}: {option[1]} is no finite number" in capsys.readouterr().err
+
+
+def test_asked_twice_to_stop_a_run_stops_at_once(
+    run: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_step = trainer.Trainer._one_step
+
+    def stopped(self: trainer.Trainer, done: int, state: step.State) -> Any:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("it went on")
+        return one_step(self, done, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_one_step", stopped)
+        assert run("--max-steps", 6, "--no-publish", "--checkpoint-every", 2) == 128 + signal.SIGINT
+    assert "stopping after this step" in capsys.readouterr().err
+    assert run("--max-steps", 6, "--no-publish", "--checkpoint-every", 2) == 0
+    assert "going on from step 2 of 6" in capsys.readouterr().err
+
+
+def test_a_stop_that_could_not_save_says_where_the_run_goes_on(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, one_step = Checkpoints.save, trainer.Trainer._one_step
+
+    def stopped(self: trainer.Trainer, done: int, state: step.State) -> Any:
+        if done == 3:
+            monkeypatch.setattr(Checkpoints, "save", lambda self, *rest: False)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return one_step(self, done, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_one_step", stopped)
+        assert run("--max-steps", 6, "--no-publish", "--checkpoint-every", 2) == 128 + signal.SIGTERM
+    monkeypatch.setattr(Checkpoints, "save", save)
+    assert "after step 4; the same command goes on from step 2, the last that could be saved" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_kind_can_be_compared_with(run: Run, tmp_path: pathlib.Path, tiny_model: pathlib.Path) -> None:
