@@ -14,7 +14,7 @@ from jaxlora.checkpoint import resolve
 from jaxlora.compilation import keep_compiled_programs
 from jaxlora.config import ModelConfig
 from jaxlora.engine import Engine, FaultyProgram, Handle, Health, Program, Request, Sizes, Thresholds
-from jaxlora.errors import EngineError, ServingError, SetupError
+from jaxlora.errors import AdapterInvalid, EngineError, ServingError, SetupError
 from jaxlora.faults import parse
 from jaxlora.peft import LoraAdapter, read_published
 from jaxlora.service.accounts import account_of, limits_of
@@ -162,8 +162,10 @@ class LoraService:
         registry, started = self.observer.registry, time.monotonic()
         try:
             adapter = read_published(version.path, version.sha256, version.config_sha256, version.nbytes)
-        except Exception:
+        except Exception as error:
             registry.add("lora_adapter_load_failures_total")
+            if isinstance(error, AdapterInvalid):  # since it was accepted: whoever asks did nothing wrong
+                raise EngineError(f"the adapter can't be loaded: {version}: {error}") from error
             raise
         registry.observe("lora_adapter_load_seconds", "host", value=time.monotonic() - started)
         registry.add("lora_adapter_loads_total", "host")

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from jaxlora.adapters import publish
+from jaxlora.adapters import AdapterName, publish
+from jaxlora.adapters.store import version_path
 
 from .conftest import ADAPTERS, SETTINGS
 from .harness import CACHE, Grpc, Http, Refused, serving, text_of
@@ -219,6 +220,14 @@ def test_a_bad_version_is_refused_and_changes_no_answer(http, server, adapters, 
     assert http.is_ready() and outcome(http, text_input=PROMPT, lora_name="carol/bad") == before
     with pytest.raises(Refused, match="NOT_FOUND.*carol/bad"):
         http.generate(text_input=PROMPT, lora_name="carol/bad@2")
+
+
+def test_a_version_whose_files_are_lost_is_not_the_fault_of_who_asks_for_it(http, server, adapters):
+    publish(adapters["alice/attention"], "erin/lost", server.store)
+    http.load("adapters")
+    shutil.rmtree(version_path(server.store, AdapterName("erin", "lost", 1)))
+    with pytest.raises(Refused, match="INTERNAL: the adapter can't be loaded: erin/lost@1: adapter_config.json is missing"):
+        http.generate(text_input=PROMPT, lora_name="erin/lost", max_tokens=1)
 
 
 @pytest.mark.parametrize("road", [Http, Grpc])
